@@ -1,0 +1,36 @@
+# make train   train a small GPT on real text, in minutes, on any machine
+# make test    format, lint, types and tests
+# Both make .venv and install what they need the first time.
+
+PYTHON ?= python3
+BIN = .venv/bin
+
+.PHONY: help train test clean
+
+help:
+	@sed -n 's/^# //p' Makefile
+
+train: .venv/train.installed
+	$(BIN)/python train.py configs/quickstart.yaml
+
+test: .venv/test.installed
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest
+
+clean:
+	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache *.egg-info
+
+.venv/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+		|| { echo "wellposed needs Python 3.11 or newer; name one: make PYTHON=python3.12 ..." >&2; exit 2; }
+	$(PYTHON) -m venv .venv
+
+.venv/train.installed: pyproject.toml | .venv/bin/python
+	$(BIN)/python -m pip install --quiet --editable .
+	@touch $@
+
+.venv/test.installed: pyproject.toml | .venv/bin/python
+	$(BIN)/python -m pip install --quiet --editable '.[test]'
+	@touch $@ .venv/train.installed

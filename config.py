@@ -1,0 +1,378 @@
+"""Every knob of wellposed on one page.
+
+The sections below are frozen pydantic models: a value is checked once, when the config is made, and never
+changes afterwards. The docstring under a field is what ``python train.py --help`` prints. Nothing heavy is
+imported here, so that help and errors come at once.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Any, Literal, get_args
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+
+
+class BadInput(Exception):
+    """A user's mistake: the message names the thing, the place and the way out. Exit code 2, no traceback."""
+
+
+class Section(BaseModel):
+    """What all sections share: unknown keys, infinities, and ``true`` in place of a number are refused."""
+
+    model_config = ConfigDict(
+        frozen=True,
+        extra="forbid",
+        allow_inf_nan=False,
+        use_attribute_docstrings=True,
+        coerce_numbers_to_str=True,
+        protected_namespaces=(),
+    )
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _true_is_no_number(cls, value: Any, info: ValidationInfo) -> Any:
+        name = info.field_name or ""
+        annotation = cls.model_fields[name].annotation
+        if isinstance(value, bool) and annotation is not bool:
+            # YAML reads a bare `on` as true; for a field whose choices are words the word was meant.
+            choices = [choice for part in (annotation, *get_args(annotation)) for choice in get_args(part)]
+            word = "on" if value else "off"
+            if word in choices:
+                return word
+            raise ValueError(f"a truth value ({str(value).lower()}) is not accepted here; quote a word")
+        return value
+
+
+class Run(Section):
+    """Where and on what a run happens."""
+
+    name: str | None = Field(None, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=120)
+    """Directory of the run under run.dir. null: short words and a hash of the config, so that the same
+    config finds its own run again."""
+    dir: str = Field("runs", min_length=1)
+    """Directory that holds the runs."""
+    seed: int = Field(0, ge=0)
+    """Seed of initialisation, data order and every random regularizer. The data split never follows it."""
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    """auto: cuda if there is one, else mps, else cpu."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """Precision of matrix products; weights and optimizer state stay in fp32. auto: bf16 on GPUs and on CPUs
+    with AVX512-BF16 or AMX, else fp32."""
+    compile: Literal["auto", "on", "off"] = "auto"
+    """torch.compile. auto: on for GPUs, off elsewhere, where compiling takes longer than it saves."""
+    threads: Literal["auto"] | int = "auto"
+    """CPU threads of one process. auto: all cores, shared by the processes of this machine."""
+    resume: Literal["auto", "never"] = "auto"
+    """auto: go on from the newest checkpoint of this run. never: move what is there aside and start afresh."""
+    init_from: str | None = None
+    """Start from these weights: a run directory, one of its checkpoints, or a Hugging Face directory."""
+
+    @field_validator("threads")
+    @classmethod
+    def _threads(cls, value: int | str) -> int | str:
+        if isinstance(value, int) and not 1 <= value <= 1024:
+            raise ValueError("must be auto, or between 1 and 1024")
+        return value
+
+
+class Data(Section):
+    """The text, its tokens, and the order in which they are seen."""
+
+    corpus: Literal["stdlib", "text", "huggingface"] = "stdlib"
+    """stdlib: the source of Python's own standard library. text: your files. huggingface: a dataset, by name."""
+    path: str | None = None
+    """text: a file or a glob such as 'books/*.txt' (.txt, .jsonl, .parquet). huggingface: the dataset's name."""
+    subset: str | None = None
+    """huggingface: the dataset's configuration."""
+    source_split: str = "train"
+    """huggingface: the split that is read; our own splits are made from it."""
+    text_field: str = Field("text", min_length=1)
+    """The field (JSON key, column) that holds the text."""
+    document: Literal["auto", "file", "line", "field"] = "auto"
+    """What one document is. auto: a field for .jsonl, .parquet and datasets, else a file."""
+    streaming: bool = False
+    """huggingface: read without downloading the whole dataset first."""
+    max_documents: int | None = Field(None, ge=1)
+    """Read at most this many documents."""
+    transform: str | None = Field(None, pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")
+    """module:function applied to the text of each document at preparation; it returns a text or a list of texts."""
+    tokenizer: str = Field("bpe", min_length=1)
+    """byte, bpe (trained on the training split), or a tokenizer.json, a directory with one, or a hub name."""
+    vocab_size: int = Field(4096, ge=257, le=2**20)
+    """Entries of a trained bpe tokenizer, the end-of-text token included."""
+    split: Literal["auto", "documents", "tail"] = "auto"
+    """documents: each document falls into a split by its hash. tail: the end of the text is held out.
+    auto: tail for fewer than 100 files of text, else documents."""
+    val_fraction: float = Field(0.05, gt=0, lt=1)
+    """Share held out for validation."""
+    test_fraction: float = Field(0.05, ge=0, lt=1)
+    """Share held out for the test, looked at once, at the end."""
+    train_tokens: int | None = Field(None, ge=2)
+    """Train on only the first so many tokens (to study scarce data)."""
+    shuffle: Literal["windows", "documents"] = "windows"
+    """What is permuted anew each epoch: windows of the token stream, or whole documents and then windows."""
+    isolate_documents: bool = False
+    """No token attends to another document; positions restart in each."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Data:
+        if self.corpus != "stdlib" and not self.path:
+            what = "files or a glob" if self.corpus == "text" else "the dataset's name"
+            raise ValueError(f"data.corpus={self.corpus} needs data.path ({what})")
+        if self.val_fraction + self.test_fraction >= 1:
+            raise ValueError("data.val_fraction + data.test_fraction must leave something to train on (be below 1)")
+        return self
+
+
+class Model(Section):
+    """The network."""
+
+    family: Literal["gpt2", "llama", "qwen3"] = "llama"
+    """The Hugging Face architecture that the weights load into. gpt2: LayerNorm, learned positions, GELU.
+    llama: RMSNorm, rotary positions, SwiGLU. qwen3: llama with normalised queries and keys."""
+    n_layers: int = Field(4, ge=1, le=1000)
+    """Transformer blocks."""
+    d_model: int = Field(256, ge=2)
+    """Width of the residual stream."""
+    n_heads: int = Field(4, ge=1)
+    """Query heads."""
+    n_kv_heads: int | None = Field(None, ge=1)
+    """Key and value heads (grouped-query attention). null: as many as n_heads."""
+    head_dim: int | None = Field(None, ge=2)
+    """Width of a head. null: d_model / n_heads."""
+    d_ff: int | None = Field(None, ge=1)
+    """Hidden width of the MLP. null: 4 d_model for gpt2, else 8/3 d_model rounded up to a multiple of 64."""
+    context_length: int = Field(256, ge=2)
+    """Tokens of a training window, and the longest context the model can use."""
+    tie_embeddings: bool = True
+    """The output matrix is the embedding matrix (Press & Wolf 2017)."""
+    rope_theta: float = Field(10000.0, gt=0)
+    """Base of the rotary positions (llama, qwen3)."""
+    norm_eps: float = Field(1e-5, gt=0, le=0.1)
+    """Added to the variance in every norm."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Model:
+        if self.head_dim is None and self.d_model % self.n_heads:
+            raise ValueError(
+                f"model.d_model={self.d_model} is not divisible by model.n_heads={self.n_heads}; "
+                "change one of them or give model.head_dim"
+            )
+        if self.n_heads % self.kv_heads:
+            raise ValueError(f"model.n_heads={self.n_heads} is not a multiple of model.n_kv_heads={self.n_kv_heads}")
+        if self.family == "gpt2" and (self.kv_heads != self.n_heads or self.head_width * self.n_heads != self.d_model):
+            raise ValueError("model.family=gpt2 has neither grouped heads nor its own head_dim; leave both null")
+        if self.family != "gpt2" and self.head_width % 2:
+            raise ValueError(f"rotary positions need an even head width; it is {self.head_width}")
+        return self
+
+    @property
+    def kv_heads(self) -> int:
+        """Key and value heads, the null resolved."""
+        return self.n_kv_heads or self.n_heads
+
+    @property
+    def head_width(self) -> int:
+        """Width of one head, the null resolved."""
+        return self.head_dim or self.d_model // self.n_heads
+
+    @property
+    def hidden_width(self) -> int:
+        """Hidden width of the MLP, the null resolved."""
+        if self.d_ff:
+            return self.d_ff
+        return 4 * self.d_model if self.family == "gpt2" else -(-8 * self.d_model // 3 // 64) * 64
+
+
+class Optimizer(Section):
+    """How gradients become updates."""
+
+    name: Literal["adamw", "muon"] = "adamw"
+    """adamw for all tensors, or muon for the matrices of the blocks and adamw for the rest (torch.optim)."""
+    lr: float = Field(2e-3, gt=0)
+    """Peak learning rate of AdamW."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """AdamW's decay rates of the gradient's mean and square, each in [0, 1)."""
+    eps: float = Field(1e-8, gt=0)
+    """Added to AdamW's denominator."""
+    grad_clip: float = Field(1.0, ge=0)
+    """Largest norm of the whole gradient; 0: no clipping."""
+    matrix_lr: float = Field(0.02, gt=0)
+    """Muon's peak learning rate; it follows the same schedule as lr."""
+    matrix_momentum: float = Field(0.95, ge=0, lt=1)
+    """Muon's Nesterov momentum."""
+
+    @field_validator("betas")
+    @classmethod
+    def _betas(cls, value: tuple[float, float]) -> tuple[float, float]:
+        if not all(0 <= beta < 1 for beta in value):
+            raise ValueError("each must be at least 0 and below 1")
+        return value
+
+
+class Schedule(Section):
+    """The learning rate over the run, a pure function of the step."""
+
+    name: Literal["warmup_cosine", "cosine", "one_cycle", "wsd", "constant"] = "warmup_cosine"
+    """wsd: warm up, stay, decay linearly at the end. one_cycle: cosine up over warmup_steps, cosine down.
+    cosine ignores warmup_steps; constant warms up and stays."""
+    warmup_steps: int | None = Field(None, ge=0)
+    """Steps of linear warmup. null: the smaller of 100 and a tenth of the run."""
+    min_lr_ratio: float = Field(0.1, ge=0, le=1)
+    """The last learning rate, as a share of the peak."""
+    decay_fraction: float = Field(0.2, gt=0, le=1)
+    """wsd: the share of the run over which the learning rate decays."""
+
+
+def knob(default: Any, kind: str, typical: Any, off: Any = 0, **limits: Any) -> Any:
+    """A knob of the regularizers section: where it acts, a typical value, and the value at which it is absent.
+
+    Kinds: input, activation, objective, weights, average, stopping, modifier (changes how another knob acts).
+    The laws in tests/laws walk over the section by these.
+    """
+    return Field(default, json_schema_extra={"kind": kind, "typical": typical, "off": off}, **limits)
+
+
+class Regularizers(Section):
+    """What keeps the model from fitting noise. Everything is off by default except weight decay."""
+
+    embedding_dropout: float = knob(0.0, "activation", typical=0.1, ge=0, lt=1)
+    """Dropout of the embedding sum, before the first block."""
+    attention_dropout: float = knob(0.0, "activation", typical=0.1, ge=0, lt=1)
+    """Dropout of the attention weights, after the softmax."""
+    residual_dropout: float = knob(0.0, "activation", typical=0.1, ge=0, lt=1)
+    """Dropout of what attention and MLP add to the residual stream."""
+    mlp_dropout: float = knob(0.0, "activation", typical=0.1, ge=0, lt=1)
+    """Dropout of the hidden activation of the MLP."""
+    label_smoothing: float = knob(0.0, "objective", typical=0.1, ge=0, lt=1)
+    """The target keeps 1 - this, the other tokens share it evenly (Szegedy 2016, fairseq's convention)."""
+    z_loss: float = knob(0.0, "objective", typical=0.0001, ge=0)
+    """Times the mean squared log-partition of the logits (PaLM: 1e-4)."""
+    entropy_penalty: float = knob(0.0, "objective", typical=0.1, ge=0)
+    """Times the mean entropy of the output, which is rewarded (Pereyra 2017)."""
+    weight_decay: float = knob(0.1, "weights", typical=0.1, ge=0)
+    """Decoupled decay: w <- w (1 - lr * this) before each step (Loshchilov & Hutter 2019)."""
+    decay_embeddings: bool = knob(True, "modifier", typical=False, off=True)
+    """Whether embeddings are decayed too. Norms, biases and gains never are."""
+
+
+class Training(Section):
+    """How long, and in which portions."""
+
+    max_steps: int | None = Field(None, ge=1)
+    """Optimizer steps of the run. Give this or max_epochs; with neither the run is one epoch long."""
+    max_epochs: float | None = Field(None, gt=0)
+    """Passes over the training tokens."""
+    global_batch_size: int = Field(16, ge=1)
+    """Sequences of one optimizer step, over all processes and micro-batches."""
+    micro_batch_size: int | None = Field(None, ge=1)
+    """Sequences that go through the model at once on one device. null: global_batch_size."""
+    max_nonfinite: int = Field(10, ge=1)
+    """Stop after this many steps in a row whose gradient is not finite; each of them is skipped."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Training:
+        if self.max_steps is not None and self.max_epochs is not None:
+            raise ValueError("training.max_steps and training.max_epochs exclude each other; set one of them to null")
+        if self.global_batch_size % self.micro_size:
+            raise ValueError(
+                f"training.global_batch_size={self.global_batch_size} is not a multiple of "
+                f"training.micro_batch_size={self.micro_batch_size}"
+            )
+        return self
+
+    @property
+    def micro_size(self) -> int:
+        """Sequences of one micro-batch, the null resolved."""
+        return self.micro_batch_size or self.global_batch_size
+
+    @property
+    def micro_batches(self) -> int:
+        """Micro-batches of one optimizer step, over all processes."""
+        return self.global_batch_size // self.micro_size
+
+
+class Evaluation(Section):
+    """Validation during the run."""
+
+    every: Literal["epoch"] | int | None = None
+    """Steps between evaluations, or epoch. null: ten over the run. The last step is always evaluated."""
+    max_tokens: int | None = Field(None, ge=2)
+    """Evaluate on only the first so many tokens. null: the whole split."""
+    sample_tokens: int = Field(200, ge=0)
+    """Tokens of the sample written to samples.txt at each evaluation; 0: none."""
+
+    @field_validator("every")
+    @classmethod
+    def _every(cls, value: int | str | None) -> int | str | None:
+        if isinstance(value, int) and value < 1:
+            raise ValueError("must be epoch, or at least 1")
+        return value
+
+
+class Checkpoint(Section):
+    """What is kept of a run."""
+
+    every: int | None = Field(None, ge=1)
+    """Steps between checkpoints. null: at each evaluation. The best and the last are always saved."""
+    keep: int = Field(2, ge=1)
+    """Newest checkpoints that are kept beside the best."""
+
+
+class Tracking(Section):
+    """Where the numbers go. runs/<name>/metrics.jsonl always has them; W&B mirrors it."""
+
+    wandb: Literal["auto", "online", "offline", "disabled"] = "auto"
+    """auto: online if logged in, else disabled; the variable WANDB_MODE wins over auto."""
+    project: str = Field("wellposed", min_length=1)
+    """W&B project."""
+    group: str | None = None
+    """W&B group."""
+    tags: list[str] = []
+    """W&B tags."""
+    log_every: int = Field(10, ge=1)
+    """Steps between two lines of training metrics."""
+
+
+class Config(Section):
+    """A whole run: what train.py needs to know."""
+
+    run: Run = Run()
+    data: Data = Data()
+    model: Model = Model()
+    optimizer: Optimizer = Optimizer()
+    schedule: Schedule = Schedule()
+    regularizers: Regularizers = Regularizers()
+    training: Training = Training()
+    evaluation: Evaluation = Evaluation()
+    checkpoint: Checkpoint = Checkpoint()
+    tracking: Tracking = Tracking()
+
+    def flat(self) -> dict[str, Any]:
+        """All knobs as ``{"section.key": value}``, in the order of this page."""
+        nested = self.model_dump(mode="json")
+        return {f"{section}.{key}": value for section, keys in nested.items() for key, value in keys.items()}
+
+    def default_name(self) -> str:
+        """Short words and a hash of everything that can change the result: the same config finds its own run."""
+        identity = {key: value for key, value in self.flat().items() if not is_free(key)}
+        digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:8]
+        corpus: str = self.data.corpus
+        if self.data.path:
+            stem = self.data.path.rstrip("/").split("/")[-1].split(".")[0]
+            corpus = "".join(c if c.isalnum() else "-" for c in stem).strip("-")[:24] or corpus
+        return f"{corpus}-{self.model.family}-{self.model.n_layers}x{self.model.d_model}-{digest}"
+
+
+# Knobs that say where a run lives, how it is watched and what is kept of it. They are left out of the default
+# name and may change on resume; every other change is another run.
+FREE = ("run.name", "run.dir", "run.resume", "training.max_nonfinite", "tracking.", "checkpoint.")
+# Knobs whose resolved value is stored with the run; a change on resume is taken, with a warning that bits may differ.
+HARDWARE = ("run.device", "run.precision", "run.compile", "run.threads")
+
+
+def is_free(key: str) -> bool:
+    """Whether the knob may change between two starts of one run without changing its result."""
+    return any(key == free or (free.endswith(".") and key.startswith(free)) for free in FREE)

@@ -1,0 +1,226 @@
+"""From a stream of tokens to the batches of a run.
+
+A split is one long stream of tokens, its documents end to end. Training reads it through windows of T + 1 tokens,
+T being the context length: the first T are the input, the last T the targets. Neighbouring windows share one token,
+so each token inside the windowed stretch is a target exactly once an epoch:
+
+    stream    a b c d e f g h i j k
+    offset 1    [b c d e]                 T = 3: window 0 predicts c d e from b c d,
+                      [e f g h]                  window 1 predicts f g h from e f g
+
+Every epoch e draws an offset below T, so that the cuts fall elsewhere each time, and a permutation of its windows,
+both from (seed, purpose, e). With data.shuffle=documents the documents are put in a new order first and the stream
+is theirs. All epochs have the same number of windows, one less than would fit without an offset.
+
+Thus there is an endless list of samples: sample i is window order_e[i mod W] of epoch e = i div W. Sequence k of
+step s is sample s * global_batch_size + k. This is arithmetic, not state: there is nothing to save, a resumed run
+asks for step s and gets it, and a process that is given sequences first..first + count of a step gets just these,
+whatever the other processes do. A batch may straddle two epochs.
+
+Evaluation needs no chance: windows without overlap from the first token to the last, each token but the first a
+target exactly once, whatever the batch size.
+
+Shapes: B sequences, T tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from config import BadInput, Data
+from data.shards import Split
+from randomness import numpy_generator
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Sequences for the model.
+
+    tokens_BT, targets_BT: int64. positions_BT, documents_BT: int64, or None unless documents are isolated: the
+    position in the document (as far as the window shows it) and the number of the document in the window, both
+    from 0. sample_ids_B: int64 NumPy, epoch * windows_per_epoch + number of the window in the epoch's stream.
+    """
+
+    tokens_BT: torch.Tensor
+    targets_BT: torch.Tensor
+    positions_BT: torch.Tensor | None
+    documents_BT: torch.Tensor | None
+    sample_ids_B: np.ndarray
+
+    def to(self, device: torch.device) -> Batch:
+        """The same batch on ``device``."""
+        if device.type == "cpu":
+            return self
+        moved: dict[str, Any] = {
+            name: value.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else value.to(device)
+            for name, value in vars(self).items()
+            if isinstance(value, torch.Tensor)
+        }
+        return replace(self, **moved)
+
+
+@dataclass(frozen=True)
+class Epoch:
+    """One pass: where its windows begin, in which order they come, and the order of documents (or None)."""
+
+    offset: int
+    order: np.ndarray  # [windows_per_epoch]
+    documents: np.ndarray | None  # [n_documents]
+    starts: np.ndarray  # [n_documents], of the documents in this epoch's stream
+
+
+class TrainingLoader:
+    """The endless samples of a training split, as the essay above tells. Holds no state but a cache of two epochs.
+
+    Raises BadInput if the split (its first data.train_tokens tokens, if that is set) is shorter than one window.
+    """
+
+    def __init__(self, split: Split, config: Data, seed: int, context_length: int, global_batch_size: int) -> None:
+        self.split = split.head(config.train_tokens) if config.train_tokens else split
+        self.shuffle_documents = config.shuffle == "documents"
+        self.isolate_documents = config.isolate_documents
+        self.seed = seed
+        self.context_length = context_length
+        self.global_batch_size = global_batch_size
+        n = self.split.n_tokens
+        if n < context_length + 1:
+            limit = f"; data.train_tokens is {config.train_tokens}" if config.train_tokens else ""
+            raise BadInput(
+                f"the {split.name} split has {n} tokens, fewer than the {context_length + 1} of one window "
+                f"(model.context_length + 1){limit}: give more text, or lower model.context_length"
+            )
+        self.windows_per_epoch = max(1, (n - 1) // context_length - 1)
+        self.steps_per_epoch = self.windows_per_epoch / global_batch_size
+        self._epochs: dict[int, Epoch] = {}
+
+    def epoch_at(self, step: int) -> float:
+        """Passes over the data that are complete before ``step``."""
+        return step / self.steps_per_epoch
+
+    def batch(self, step: int, first: int = 0, count: int | None = None) -> Batch:
+        """Sequences first..first + count of the global batch of ``step`` (all of them by default)."""
+        count = self.global_batch_size - first if count is None else count
+        if step < 0 or first < 0 or count < 1 or first + count > self.global_batch_size:
+            raise IndexError(f"sequences {first}..{first + count} of step {step}: a step has {self.global_batch_size}")
+        windows, starts, ids = [], [], []
+        for sample in range(step * self.global_batch_size + first, step * self.global_batch_size + first + count):
+            number, index = divmod(sample, self.windows_per_epoch)
+            epoch = self._epoch(number)
+            window = int(epoch.order[index])
+            begin = epoch.offset + window * self.context_length
+            end = begin + self.context_length + 1
+            windows.append(self._read(epoch, begin, end))
+            starts.append(starts_within(epoch.starts, begin, end - 1))
+            ids.append(number * self.windows_per_epoch + window)
+        return make_batch(windows, starts if self.isolate_documents else None, ids)
+
+    def _epoch(self, number: int) -> Epoch:
+        if number not in self._epochs:
+            while len(self._epochs) >= 2:
+                del self._epochs[next(iter(self._epochs))]
+            slack = self.split.n_tokens - 1 - self.windows_per_epoch * self.context_length
+            offsets = min(self.context_length, slack + 1)
+            offset = int(numpy_generator(self.seed, "data offset", number).integers(offsets))
+            order = numpy_generator(self.seed, "data order", number).permutation(self.windows_per_epoch)
+            documents, starts = None, self.split.document_starts
+            if self.shuffle_documents:
+                documents = numpy_generator(self.seed, "document order", number).permutation(self.split.n_documents)
+                lengths = np.diff(starts, append=self.split.n_tokens)[documents]
+                starts = np.cumsum(lengths) - lengths
+            self._epochs[number] = Epoch(offset, order, documents, starts)
+        return self._epochs[number]
+
+    def _read(self, epoch: Epoch, begin: int, end: int) -> np.ndarray:
+        """Tokens begin..end of the epoch's stream."""
+        if epoch.documents is None:
+            return self.split.read(begin, end)
+        parts = []
+        place = int(np.searchsorted(epoch.starts, begin, side="right")) - 1
+        while begin < end:
+            stop = int(epoch.starts[place + 1]) if place + 1 < len(epoch.starts) else self.split.n_tokens
+            stop = min(stop, end)
+            shift = int(self.split.document_starts[epoch.documents[place]] - epoch.starts[place])
+            parts.append(self.split.read(begin + shift, stop + shift))
+            begin, place = stop, place + 1
+        return np.concatenate(parts)
+
+
+class EvaluationBatches:
+    """Every token of a split but the first as a target once; see ``evaluation_batches``."""
+
+    def __init__(self, split: Split, context_length: int, batch_size: int, isolate_documents: bool) -> None:
+        if split.n_tokens < 2:
+            raise BadInput(f"the {split.name} split has {split.n_tokens} tokens, two are needed; give more text")
+        self.split, self.context_length, self.batch_size = split, context_length, batch_size
+        self.isolate_documents = isolate_documents
+        self.n_targets = split.n_tokens - 1
+        self.full_windows, self.rest = divmod(self.n_targets, context_length)
+
+    def __len__(self) -> int:
+        return -(-self.full_windows // self.batch_size) + (self.rest > 0)
+
+    def __iter__(self) -> Iterator[Batch]:
+        return (self.batch(index) for index in range(len(self)))
+
+    def batch(self, index: int) -> Batch:
+        """Batch number ``index``; only the last can have fewer sequences, or one shorter sequence."""
+        if not 0 <= index < len(self):
+            raise IndexError(f"batch {index} of {len(self)}")
+        first = index * self.batch_size
+        last = min(first + self.batch_size, self.full_windows)
+        if first >= self.full_windows:  # the shorter window at the end
+            first, last = self.full_windows, self.full_windows + 1
+        windows, starts = [], []
+        for window in range(first, last):
+            begin = window * self.context_length
+            end = min(begin + self.context_length + 1, self.split.n_tokens)
+            windows.append(self.split.read(begin, end))
+            starts.append(starts_within(self.split.document_starts, begin, end - 1))
+        return make_batch(windows, starts if self.isolate_documents else None, list(range(first, last)))
+
+
+def evaluation_batches(
+    split: Split,
+    context_length: int,
+    batch_size: int,
+    max_tokens: int | None = None,
+    isolate_documents: bool = False,
+) -> EvaluationBatches:
+    """The batches of ``split`` (its first ``max_tokens`` tokens): ``len()``, ``.batch(i)``, iteration, ``.n_targets``.
+
+    Each token but the first is a target once. The last, shorter window is a batch of its own. Needs 2 tokens.
+    """
+    split = split if max_tokens is None else split.head(max_tokens)
+    return EvaluationBatches(split, context_length, batch_size, isolate_documents)
+
+
+def starts_within(starts: np.ndarray, begin: int, end: int) -> np.ndarray:
+    """Which of the ascending ``starts`` lie in begin..end, counted from ``begin``."""
+    first, last = np.searchsorted(starts, (begin, end))
+    return starts[first:last] - begin
+
+
+def make_batch(windows: list[np.ndarray], starts: list[np.ndarray] | None, ids: list[int]) -> Batch:
+    """A Batch from windows of equal length and, if documents are isolated, the document starts in each."""
+    window_BT = torch.from_numpy(np.stack(windows))
+    positions_BT = documents_BT = None
+    if starts is not None:
+        is_start_BT = np.zeros((len(windows), window_BT.shape[1] - 1), dtype=np.int64)
+        for row, places in zip(is_start_BT, starts, strict=True):
+            row[places] = 1
+        is_start_BT[:, 0] = 0  # the first document shown is number 0, whether it begins here or was cut
+        index_T = np.arange(is_start_BT.shape[1])
+        positions_BT = torch.from_numpy(index_T - np.maximum.accumulate(is_start_BT * index_T, axis=1))
+        documents_BT = torch.from_numpy(np.cumsum(is_start_BT, axis=1))
+    return Batch(
+        tokens_BT=window_BT[:, :-1].contiguous(),
+        targets_BT=window_BT[:, 1:].contiguous(),
+        positions_BT=positions_BT,
+        documents_BT=documents_BT,
+        sample_ids_B=np.array(ids, dtype=np.int64),
+    )

@@ -1,0 +1,324 @@
+"""Text becomes a corpus: split, tokenized, written once, found again by its fingerprint.
+
+corpora/<name>-<fingerprint>/
+    manifest.json                     what the corpus was made from, and the size and sha256 of every file
+    tokenizer.json
+    train-00000.safetensors ...       tokens (U16 or U32) and document_starts (I64, relative to the shard)
+
+Every document begins with the end-of-text token. The directory appears by one rename, complete and on disk, or
+not at all. The same input gives the same bytes.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+from array import array
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tokenizers import Tokenizer
+from tqdm import tqdm  # type: ignore[import-untyped]
+
+from config import BadInput, Data
+from data.sources import Source, open_source
+from data.tokenizers import (
+    byte_tokenizer,
+    encode_documents,
+    end_of_text,
+    load_tokenizer,
+    tokenizer_identity,
+    train_bpe,
+    vocabulary_size,
+)
+
+FORMAT = 1  # raise it when the same input would give other bytes
+SPLITS = ("train", "val", "test")
+SHARD_TOKENS = 50_000_000
+
+
+def prepare(config: Data, root: Path | str = "corpora", quiet: bool = False, shard_tokens: int = SHARD_TOKENS) -> Path:
+    """The directory of the corpus that ``config`` describes, made under ``root`` if it is not there yet.
+
+    Processes that prepare the same corpus at the same time do the work once; the others wait. Memory holds one
+    document and one shard per split at a time. Raises BadInput for text that cannot be read, is empty, or leaves
+    a split empty; nothing is left behind then.
+    """
+    source = open_source(config)
+    identity = {
+        "format": FORMAT,
+        "source": source.identity,
+        "tokenizer": tokenizer_identity(config.tokenizer, config.vocab_size),
+        "split": [source.split, config.val_fraction, config.test_fraction],
+        "shard_tokens": shard_tokens,
+    }
+    fingerprint = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
+    directory = Path(root) / f"{source.name}-{fingerprint}"
+    if directory.is_dir():  # it was renamed into place, so it was complete
+        return directory
+    try:
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        with locked(directory, quiet):
+            if directory.is_dir():
+                return directory
+            sweep(directory.parent)
+            partial = partial_of(directory)
+            shutil.rmtree(partial, ignore_errors=True)  # the lock is ours, so whoever made it is dead
+            try:
+                partial.mkdir()
+                summary = write_corpus(partial, source, config, {"fingerprint": fingerprint, **identity}, quiet)
+                if open_source(config).identity != source.identity:
+                    raise BadInput(f"{source.describe} changed while it was read; start again")
+                sync(partial)
+                partial.rename(directory)
+                sync(directory.parent)
+            finally:
+                shutil.rmtree(partial, ignore_errors=True)
+    except OSError as problem:
+        raise BadInput(
+            f"cannot write the corpus {directory}: {problem.strerror or problem}; "
+            "check permissions and free space there"
+        ) from problem
+    if not quiet:
+        print(f"{summary}\n{directory}", flush=True)
+    return directory
+
+
+def write_corpus(directory: Path, source: Source, config: Data, identity: dict[str, Any], quiet: bool) -> str:
+    """Read, split, tokenize and write everything into ``directory``; returns a summary of a few lines."""
+    boundaries = tail_boundaries(source, config) if source.split == "tail" else None
+    tokenizer = make_tokenizer(source, config, boundaries, quiet)
+    tokenizer.save(str(directory / "tokenizer.json"))
+    vocab_size, end = vocabulary_size(tokenizer), end_of_text(tokenizer)
+    dtype = np.dtype(np.uint16 if vocab_size <= 2**16 else np.uint32)
+    names = SPLITS if config.test_fraction > 0 else SPLITS[:2]
+    writers = {name: SplitWriter(directory, name, dtype, end, int(identity["shard_tokens"])) for name in names}
+
+    waiting: deque[tuple[str, int]] = deque()  # split and bytes of the documents that are being encoded
+
+    def texts() -> Iterator[str]:
+        for name, text in split_texts(source, config, boundaries):
+            waiting.append((name, len(text.encode())))
+            yield text
+
+    with progress("tokenizing", source, quiet) as bar:
+        for tokens in encode_documents(tokenizer, texts()):
+            name, n_bytes = waiting.popleft()
+            writers[name].add(tokens, n_bytes)
+            bar.update(n_bytes)
+    for name, writer in writers.items():
+        writer.close()
+        if not writer.documents:
+            raise empty_split(name, source, sum(other.documents for other in writers.values()))
+    manifest = {
+        **identity,
+        "name": source.name,
+        "describe": source.describe,
+        "replaced": source.mended.summary(),
+        "tokenizer": {**identity["tokenizer"], **file_entry(directory / "tokenizer.json")},
+        "vocab_size": vocab_size,
+        "end_of_text": end,
+        "dtype": {2: "U16", 4: "U32"}[dtype.itemsize],
+        "splits": {name: writer.entry() for name, writer in writers.items()},
+    }
+    with open(directory / "manifest.json", "w", encoding="utf-8") as handle:
+        json.dump(manifest, handle, indent=1)
+    for file in directory.iterdir():
+        sync(file)
+    return describe(manifest)
+
+
+def describe(manifest: dict[str, Any]) -> str:
+    """What a corpus holds, in a few lines of text."""
+    lines = [f"{manifest['describe']}: {manifest['vocab_size']:,} vocabulary entries; replaced: {manifest['replaced']}"]
+    for name, split in manifest["splits"].items():
+        documents, n_bytes, tokens = split["documents"], split["bytes"], split["tokens"]
+        lines.append(
+            f"{name + ':':6} {documents:>9,} documents {n_bytes:>14,} bytes {tokens:>13,} tokens "
+            f"({n_bytes / tokens:.2f} bytes per token)"
+        )
+    return "\n".join(lines)
+
+
+def make_tokenizer(source: Source, config: Data, boundaries: list[int] | None, quiet: bool) -> Tokenizer:
+    """The tokenizer that the config names; bpe is trained on the training split alone."""
+    if config.tokenizer == "byte":
+        return byte_tokenizer()
+    if config.tokenizer != "bpe":
+        return load_tokenizer(config.tokenizer)
+    with progress("training the tokenizer", source, quiet) as bar:
+
+        def texts() -> Iterator[str]:
+            for name, text in split_texts(source, config, boundaries):
+                bar.update(len(text))
+                if name == "train":
+                    yield text
+
+        return train_bpe(texts(), config.vocab_size, quiet)
+
+
+# ---------------------------------------------------------------------------------------------- splits
+
+
+def split_texts(source: Source, config: Data, boundaries: list[int] | None) -> Iterator[tuple[str, str]]:
+    """Every text with the name of its split, in the source's order.
+
+    ``boundaries`` are those of ``tail_boundaries``, or None to split by documents. A document's hash is that of
+    its text before the transform, so all that a transform makes of one document stays in one split.
+    """
+    if boundaries is None:
+        for document in source.documents():
+            name = split_of(document, config.val_fraction, config.test_fraction)
+            for text in source.transformed(document):
+                yield name, text
+        return
+    position = 0
+    for document in source.documents():
+        for text in source.transformed(document):
+            for name, start, stop in zip(SPLITS, [0, *boundaries], boundaries, strict=False):
+                part = text[max(0, start - position) : max(0, stop - position)]
+                if part:
+                    yield name, part
+            position += len(text)
+    if position != boundaries[-1]:
+        raise BadInput(
+            f"{source.describe} gave {boundaries[-1]:,} characters at first and {position:,} the second time; "
+            "is it being written to, or is data.transform random?"
+        )
+
+
+def split_of(document: str, val_fraction: float, test_fraction: float) -> str:
+    """The split into which a document falls by the hash of its text, whatever the seed of the run."""
+    digest = hashlib.blake2b(document.encode(), digest_size=8).digest()
+    fraction = int.from_bytes(digest, "big") / 2**64
+    if fraction < test_fraction:
+        return "test"
+    return "val" if fraction < test_fraction + val_fraction else "train"
+
+
+def tail_boundaries(source: Source, config: Data) -> list[int]:
+    """Where train, val and test end if the end of the text is held out: three counts of characters."""
+    n = sum(len(text) for document in source.documents() for text in source.transformed(document))
+    return [round(n * (1 - config.val_fraction - config.test_fraction)), round(n * (1 - config.test_fraction)), n]
+
+
+def empty_split(name: str, source: Source, documents: int) -> BadInput:
+    """The error for a split without a document."""
+    if not documents:
+        return BadInput(f"there is no text in {source.describe}; check data.path")
+    way_out = "give more text" if name == "train" else f"raise data.{name}_fraction, or give more text"
+    if source.split == "documents":
+        way_out += ", or split the text itself with --data.split=tail"
+    if name == "test":
+        way_out += ", or do without it: --data.test_fraction=0"
+    return BadInput(f"the {name} split of {source.describe} came out empty (documents in all: {documents}); {way_out}")
+
+
+# ---------------------------------------------------------------------------------------------- files
+
+
+class SplitWriter:
+    """Writes the documents of one split into shards of exactly ``capacity`` tokens, the last one shorter."""
+
+    def __init__(self, directory: Path, name: str, dtype: np.dtype, end_of_text: int, capacity: int) -> None:
+        self.directory, self.name, self.end_of_text = directory, name, end_of_text
+        self.buffer = np.empty(capacity, dtype)  # the system gives memory only for what is written to
+        self.filled = 0
+        self.starts = array("q")
+        self.shards: list[dict[str, Any]] = []
+        self.documents = self.tokens = self.bytes = 0
+
+    def add(self, tokens: np.ndarray, n_bytes: int) -> None:
+        """Append one document, its end-of-text token before it; it may go on in the next shard."""
+        if self.filled == len(self.buffer):
+            self.flush()
+        self.starts.append(self.filled)
+        for part in (np.array([self.end_of_text]), tokens):
+            while len(part):
+                if self.filled == len(self.buffer):
+                    self.flush()
+                fits = part[: len(self.buffer) - self.filled]
+                self.buffer[self.filled : self.filled + len(fits)] = fits
+                self.filled += len(fits)
+                part = part[len(fits) :]
+        self.documents += 1
+        self.tokens += 1 + len(tokens)
+        self.bytes += n_bytes
+
+    def flush(self) -> None:
+        """Write the shard that is in memory."""
+        from safetensors.numpy import save_file
+
+        file = self.directory / f"{self.name}-{len(self.shards):05d}.safetensors"
+        starts = np.array(self.starts, dtype=np.int64)
+        save_file({"tokens": self.buffer[: self.filled], "document_starts": starts}, file)
+        self.shards.append({**file_entry(file), "tokens": self.filled, "documents": len(starts)})
+        self.filled, self.starts = 0, array("q")
+
+    def close(self) -> None:
+        """Write what is left."""
+        if self.filled:
+            self.flush()
+
+    def entry(self) -> dict[str, Any]:
+        """What the manifest says of this split."""
+        return {"bytes": self.bytes, "tokens": self.tokens, "documents": self.documents, "shards": self.shards}
+
+
+def file_entry(file: Path) -> dict[str, Any]:
+    """Name, size and sha256 of a file, for the manifest."""
+    with open(file, "rb") as handle:
+        digest = hashlib.file_digest(handle, "sha256").hexdigest()
+    return {"file": file.name, "size": file.stat().st_size, "sha256": digest}
+
+
+def progress(title: str, source: Source, quiet: bool) -> tqdm:
+    """A bar over the bytes of the source, on a terminal only."""
+    return tqdm(
+        total=source.n_bytes, desc=title, unit="B", unit_scale=True, leave=False, disable=True if quiet else None
+    )
+
+
+def sync(path: Path) -> None:
+    """Make sure that a file, or the names in a directory, are on disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def partial_of(directory: Path) -> Path:
+    """Where a corpus lives until it is complete."""
+    return directory.with_name(f".{directory.name}.partial")
+
+
+@contextmanager
+def locked(directory: Path, quiet: bool = True) -> Iterator[None]:
+    """Hold the lock of one corpus; the system frees it when the process dies. Its small file stays."""
+    with open(directory.with_name(f".{directory.name}.lock"), "w") as handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if not quiet:
+                print(f"another process is preparing {directory}; waiting for it", flush=True)
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+
+
+def sweep(root: Path) -> None:
+    """Remove what killed preparations left in ``root``: partial directories whose lock nobody holds."""
+    for partial in root.glob(".*.partial"):
+        with open(partial.with_name(partial.name.removesuffix(".partial") + ".lock"), "w") as handle:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                continue
+            shutil.rmtree(partial, ignore_errors=True)

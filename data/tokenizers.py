@@ -1,0 +1,234 @@
+"""Text to token ids and back. Every tokenizer is a ``tokenizers.Tokenizer``, stored as tokenizer.json.
+
+byte   a token per UTF-8 byte, id = value of the byte; end-of-text is 256
+bpe    byte-level BPE with GPT-2's pre-tokenizer, trained on the training split; end-of-text is 0
+other  any tokenizer.json, from a file, a directory or the hub
+
+Long documents are encoded in pieces, so that memory stays bounded (the library needs about 200 bytes for each
+byte of text). Pieces are cut where no token can reach across, so the ids are those of the whole document.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import sys
+from collections.abc import Iterable, Iterator
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from config import BadInput
+
+END_OF_TEXT = "<|endoftext|>"
+KNOWN_ENDS = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>", "<|eos|>", "<|end▁of▁sentence|>", "[EOS]", "<|im_end|>")
+PIECE = 65_536  # characters of a piece at most
+BATCH = 2**20  # characters encoded at once, over all cores
+BPE_CHARACTERS = 10**9  # a BPE's merges are settled long before so much text
+
+# Places where pre-tokenizers break in the same way whether or not they see the other side: behind a single newline,
+# and between a letter and white space. (Behind any newline would not do: GPT-2's pattern breaks "a\n\nb" between the
+# newlines, but "a\n\n" at the end of a piece not at all.)
+CLEAN_CUT = re.compile(r"(?<=\S\n)(?=\S)|(?<=[^\W\d_])(?=\s)")
+
+
+def byte_tokenizer() -> Tokenizer:
+    """257 entries: each byte under its own value, and end-of-text."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in printable]
+    # The visible stand-ins for bytes that GPT-2 introduced and the library's ByteLevel uses.
+    vocab = {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
+    tokenizer = Tokenizer(models.BPE(vocab={**vocab, END_OF_TEXT: 256}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([END_OF_TEXT])
+    return plain(tokenizer)
+
+
+def train_bpe(documents: Iterable[str], vocab_size: int, quiet: bool = True) -> Tokenizer:
+    """A byte-level BPE of ``vocab_size`` entries (fewer if the text is too short for so many), end-of-text included.
+
+    At most the first billion characters are used. The same documents give the same tokenizer.
+    """
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END_OF_TEXT],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=not quiet and sys.stderr.isatty(),
+    )
+
+    def texts() -> Iterator[str]:
+        left = BPE_CHARACTERS
+        for document in documents:
+            for piece in pieces(document):
+                yield piece
+                left -= len(piece)
+                if left <= 0:
+                    return
+
+    allow_threads()
+    tokenizer.train_from_iterator(texts(), trainer)
+    return plain(tokenizer)
+
+
+def load_tokenizer(knob: str) -> Tokenizer:
+    """The tokenizer of a tokenizer.json, a directory that holds one, or a name on the hub. Raises BadInput."""
+    file = tokenizer_file(knob)
+    try:
+        tokenizer = Tokenizer.from_file(str(file)) if file else Tokenizer.from_pretrained(knob)
+    except Exception as problem:  # the library raises plain Exception
+        reason = " ".join(str(problem).split())
+        way_out = "it must be a tokenizer.json of the tokenizers library"
+        if not file:
+            way_out = "there is no such file here either; check data.tokenizer and the network, or use byte or bpe"
+        raise BadInput(f"cannot load the tokenizer {knob!r}: {reason}; {way_out}") from problem
+    end_of_text(tokenizer)
+    return plain(tokenizer)
+
+
+def tokenizer_file(knob: str) -> Path | None:
+    """The tokenizer.json that data.tokenizer points at; None if it is no local path. Raises BadInput if missing."""
+    path = Path(knob).expanduser()
+    if path.is_dir():
+        path = path / "tokenizer.json"
+    if path.is_file():
+        return path
+    if path.suffix == ".json" or knob.startswith((".", "/", "~")):
+        raise BadInput(f"there is no tokenizer file {path}; check data.tokenizer, or use byte or bpe")
+    return None
+
+
+def tokenizer_identity(knob: str, vocab_size: int) -> dict[str, Any]:
+    """What tells one tokenizer from another before it is made: JSON-able, a part of the corpus's fingerprint."""
+    if knob == "byte":
+        return {"kind": "byte"}
+    if knob == "bpe":
+        return {"kind": "bpe", "vocab_size": vocab_size}
+    file = tokenizer_file(knob)
+    if file is None:
+        return {"kind": "hub", "name": knob}
+    try:
+        return {"kind": "file", "sha256": hashlib.sha256(file.read_bytes()).hexdigest()}
+    except OSError as problem:
+        raise BadInput(f"cannot read the tokenizer {file}: {problem.strerror}; check its permissions") from problem
+
+
+def plain(tokenizer: Tokenizer) -> Tokenizer:
+    """The same tokenizer, set so that text is only text: "<|endoftext|>" inside it is thirteen characters."""
+    end = end_of_text(tokenizer)
+    tokenizer.add_special_tokens([str(tokenizer.id_to_token(end))])  # some files list it as an ordinary token
+    tokenizer.encode_special_tokens = True
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
+
+
+def end_of_text(tokenizer: Tokenizer) -> int:
+    """The id of the token that ends a text. Raises BadInput if the tokenizer has none that we know."""
+    for token in KNOWN_ENDS:
+        found = tokenizer.token_to_id(token)
+        if found is not None:
+            return int(found)
+    raise BadInput(
+        f"the tokenizer has no end-of-text token (looked for {', '.join(KNOWN_ENDS)}); "
+        f"add {END_OF_TEXT} to its added_tokens, or use another one"
+    )
+
+
+def vocabulary_size(tokenizer: Tokenizer) -> int:
+    """One more than the largest id (ids may have holes)."""
+    return max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+
+
+def encode_documents(tokenizer: Tokenizer, documents: Iterable[str]) -> Iterator[np.ndarray]:
+    """The ids of each document, uint32, in order; no end-of-text is added.
+
+    About a million characters are in work at once, however long a document is.
+    """
+    allow_threads()
+    rest = without_prefix(tokenizer)
+    limit = PIECE if cuts_cleanly(tokenizer, rest) else sys.maxsize
+    parts: list[np.ndarray] = []
+    for batch in batches(documents, limit):
+        first = iter(tokenizer.encode_batch_fast([p for p, n in batch if p is not None and n == 0], False, False))
+        later = iter(rest.encode_batch_fast([p for p, n in batch if p is not None and n > 0], False, False))
+        for piece, number in batch:
+            if piece is not None:
+                parts.append(np.array(next(later if number else first).ids, dtype=np.uint32))
+            else:
+                yield np.concatenate(parts) if parts else np.zeros(0, np.uint32)
+                parts = []
+
+
+def batches(documents: Iterable[str], limit: int) -> Iterator[list[tuple[str | None, int]]]:
+    """The pieces of all documents as (piece, number in its document), a million characters at a time.
+
+    A piece of None says that the document is complete.
+    """
+    batch: list[tuple[str | None, int]] = []
+    characters = 0
+    for document in documents:
+        for number, piece in enumerate(pieces(document, limit)):
+            batch.append((piece, number))
+            characters += len(piece)
+            if characters >= BATCH:
+                yield batch
+                batch, characters = [], 0
+        batch.append((None, 0))
+    yield batch
+
+
+def pieces(text: str, limit: int = PIECE) -> Iterator[str]:
+    """``text`` in pieces of at most ``limit`` characters, cut where no token reaches across if possible."""
+    start = 0
+    while len(text) - start > limit:
+        cut, end = start, start + limit
+        for lowest in (end - limit // 16, start + 1):  # look near the end first, then everywhere
+            for found in CLEAN_CUT.finditer(text, max(lowest, start + 1), end + 2):
+                cut = found.start() if found.start() <= end else cut
+            if cut > start:
+                break
+        cut = cut if cut > start else end
+        yield text[start:cut]
+        start = cut
+    if start < len(text):
+        yield text[start:]
+
+
+def without_prefix(tokenizer: Tokenizer) -> Tokenizer:
+    """The tokenizer for all pieces of a document but the first: it puts no space before the text."""
+    state = json.loads(tokenizer.to_str())
+    before = json.dumps(state)
+    normalizer, splitter = state.get("normalizer") or {}, state.get("pre_tokenizer") or {}
+    if normalizer.get("type") == "Prepend":
+        state["normalizer"] = None
+    elif normalizer.get("type") == "Sequence":
+        normalizer["normalizers"] = [part for part in normalizer["normalizers"] if part.get("type") != "Prepend"]
+    if splitter.get("type") == "Sequence" and splitter["pretokenizers"]:
+        splitter = splitter["pretokenizers"][0]
+    if splitter.get("type") == "ByteLevel":
+        splitter["add_prefix_space"] = False
+    elif splitter.get("type") == "Metaspace":
+        splitter["prepend_scheme"] = "never"
+    return tokenizer if json.dumps(state) == before else plain(Tokenizer.from_str(json.dumps(state)))
+
+
+def cuts_cleanly(tokenizer: Tokenizer, rest: Tokenizer) -> bool:
+    """Whether this tokenizer breaks at our cuts by itself; if not, documents are encoded whole."""
+    probe = ["One two", " three; it's\n", "four(5)\n", "sechs, sieben", "\n\n acht", "  (neun)\n\n"]
+    whole = tokenizer.encode("".join(probe), add_special_tokens=False).ids
+    ids = [(rest if i else tokenizer).encode(text, add_special_tokens=False).ids for i, text in enumerate(probe)]
+    return bool(whole == list(chain.from_iterable(ids)))
+
+
+def allow_threads() -> None:
+    """Use all cores, and say so explicitly: unset, the library warns and turns them off after any fork."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")

@@ -1,0 +1,274 @@
+"""GPT in three families whose weights load into Hugging Face's architectures of the same name.
+
+    gpt2   LayerNorm, learned positions, GELU (tanh), biases            Radford 2019
+    llama  RMSNorm, rotary positions, SwiGLU, grouped heads, no biases  Touvron 2023
+    qwen3  llama with RMSNorm on the queries and keys of each head      Qwen 2025
+
+Shape suffixes: B batch, T time, S keys seen (cache + T), D width, F hidden width of the MLP, H query heads,
+K key/value heads, C width of a head, V vocabulary. Pre-norm blocks: x + attention(norm(x)), x + mlp(norm(x)).
+
+Initialisation (the table INITIAL below; every parameter matches exactly one row, or building fails):
+
+    embeddings, positions           normal, 0.02
+    matrices into a branch          normal, 0.02
+    matrices out of a branch        normal, 0.02 / sqrt(2 n_layers): the residual stream keeps its variance
+    untied output matrix            normal, 0.02
+    gains 1, biases 0
+"""
+
+from __future__ import annotations
+
+import math
+import re
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from config import Model, Regularizers
+from randomness import torch_generator
+from regularizers.activations import Dropout
+
+INITIAL = {
+    r"(embedding|positions)\.weight": "normal",
+    r"blocks\.\d+\.(attention\.qkv|mlp\.input)\.weight": "normal",
+    r"blocks\.\d+\.(attention|mlp)\.output\.weight": "residual",
+    r"output\.weight": "normal",
+    r"(.*\.)?(\w+_)?norm\.weight": "one",
+    r".*\.bias": "zero",
+}
+
+
+class Cache:
+    """Keys and values of the tokens already read, for generation: one (B, K, S, C) pair a layer."""
+
+    def __init__(self) -> None:
+        self.layers: dict[int, tuple[Tensor, Tensor]] = {}
+
+    @property
+    def length(self) -> int:
+        """Tokens already read."""
+        return self.layers[0][0].shape[2] if self.layers else 0
+
+    def extend(self, layer: int, k_BKTC: Tensor, v_BKTC: Tensor) -> tuple[Tensor, Tensor]:
+        """Append the new keys and values of one layer; returns all of them, (B, K, S, C)."""
+        if layer in self.layers:
+            k_before, v_before = self.layers[layer]
+            k_BKTC, v_BKTC = torch.cat([k_before, k_BKTC], dim=2), torch.cat([v_before, v_BKTC], dim=2)
+        self.layers[layer] = (k_BKTC, v_BKTC)
+        return k_BKTC, v_BKTC
+
+
+class Attention(nn.Module):
+    """Causal attention with grouped heads, optional rotary positions and query/key norms."""
+
+    def __init__(self, config: Model, dropout: float) -> None:
+        super().__init__()
+        heads, kv_heads, width = config.n_heads, config.kv_heads, config.head_width
+        bias = config.family == "gpt2"
+        self.sizes = [heads * width, kv_heads * width, kv_heads * width]
+        self.width, self.groups = width, heads // kv_heads
+        self.qkv = nn.Linear(config.d_model, sum(self.sizes), bias=bias)
+        self.output = nn.Linear(heads * width, config.d_model, bias=bias)
+        self.query_norm = nn.RMSNorm(width, config.norm_eps) if config.family == "qwen3" else None
+        self.key_norm = nn.RMSNorm(width, config.norm_eps) if config.family == "qwen3" else None
+        self.dropout = Dropout(dropout)
+
+    def forward(
+        self,
+        x_BTD: Tensor,
+        rotation: tuple[Tensor, Tensor] | None,
+        mask: Tensor | None,
+        layer: int,
+        cache: Cache | None,
+    ) -> Tensor:
+        q, k, v = self.qkv(x_BTD).split(self.sizes, dim=-1)
+        q_BHTC = rearrange(q, "B T (H C) -> B H T C", C=self.width)
+        k_BKTC = rearrange(k, "B T (K C) -> B K T C", C=self.width)
+        v_BKTC = rearrange(v, "B T (K C) -> B K T C", C=self.width)
+        if self.query_norm is not None and self.key_norm is not None:
+            q_BHTC, k_BKTC = self.query_norm(q_BHTC.float()), self.key_norm(k_BKTC.float())
+        if rotation is not None:
+            q_BHTC, k_BKTC = rotate(q_BHTC, *rotation), rotate(k_BKTC, *rotation)
+        if cache is not None:
+            k_BKTC, v_BKTC = cache.extend(layer, k_BKTC, v_BKTC)
+        y_BHTC = attend(q_BHTC, k_BKTC, v_BKTC, mask, self.dropout)
+        return self.output(rearrange(y_BHTC, "B H T C -> B T (H C)"))
+
+
+def attend(q_BHTC: Tensor, k_BKSC: Tensor, v_BKSC: Tensor, mask: Tensor | None, dropout: Dropout) -> Tensor:
+    """softmax(q·k/√C)·v with dropout of the weights; ``mask`` None means causal, else True where a key is seen.
+
+    The fused kernel is used wherever it keeps its speed: with dropout on a CPU it would fall to a slow path,
+    so the weights are formed there (LIBRARIES: 140 against 80 ms).
+    """
+    v_BKSC = v_BKSC.to(q_BHTC.dtype)
+    k_BKSC = k_BKSC.to(q_BHTC.dtype)
+    if dropout.rate == 0.0 or q_BHTC.device.type == "cuda":
+        grouped = q_BHTC.shape[1] != k_BKSC.shape[1]
+        causal = mask is None and q_BHTC.shape[2] > 1
+        return F.scaled_dot_product_attention(
+            q_BHTC, k_BKSC, v_BKSC, mask, dropout_p=dropout.rate, is_causal=causal, enable_gqa=grouped
+        )
+    groups, time = q_BHTC.shape[1] // k_BKSC.shape[1], q_BHTC.shape[2]
+    if groups > 1:
+        k_BKSC, v_BKSC = (t.repeat_interleave(groups, dim=1) for t in (k_BKSC, v_BKSC))
+    if mask is None:
+        mask = torch.ones(time, time, dtype=torch.bool, device=q_BHTC.device).tril()
+    scores_BHTS = (q_BHTC * q_BHTC.shape[-1] ** -0.5) @ k_BKSC.transpose(-1, -2)
+    weights_BHTS = scores_BHTS.masked_fill(~mask, -math.inf).softmax(dim=-1)
+    return dropout(weights_BHTS).to(v_BKSC.dtype) @ v_BKSC
+
+
+def rotate(x_BHTC: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary positions (Su 2021) in the rotate-half convention; cos and sin are (T, C/2) or (B, 1, T, C/2)."""
+    first, second = x_BHTC.chunk(2, dim=-1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+
+
+class MLP(nn.Module):
+    """GELU(tanh) for gpt2, SwiGLU for the others; its input matrix holds gate and value side by side."""
+
+    def __init__(self, config: Model, dropout: float) -> None:
+        super().__init__()
+        self.gated = config.family != "gpt2"
+        self.input = nn.Linear(config.d_model, config.hidden_width * (2 if self.gated else 1), bias=not self.gated)
+        self.output = nn.Linear(config.hidden_width, config.d_model, bias=not self.gated)
+        self.dropout = Dropout(dropout)
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        if self.gated:
+            gate_BTF, value_BTF = self.input(x_BTD).chunk(2, dim=-1)
+            hidden_BTF = F.silu(gate_BTF) * value_BTF
+        else:
+            hidden_BTF = F.gelu(self.input(x_BTD), approximate="tanh")
+        return self.output(self.dropout(hidden_BTF))
+
+
+class Block(nn.Module):
+    """One pre-norm transformer block."""
+
+    def __init__(self, config: Model, rates: Regularizers) -> None:
+        super().__init__()
+        self.attention_norm = make_norm(config)
+        self.attention = Attention(config, rates.attention_dropout)
+        self.mlp_norm = make_norm(config)
+        self.mlp = MLP(config, rates.mlp_dropout)
+        self.residual_dropout = Dropout(rates.residual_dropout)
+
+    def forward(
+        self,
+        x_BTD: Tensor,
+        rotation: tuple[Tensor, Tensor] | None,
+        mask: Tensor | None,
+        layer: int,
+        cache: Cache | None,
+    ) -> Tensor:
+        branch_BTD = self.attention(self.attention_norm(x_BTD), rotation, mask, layer, cache)
+        x_BTD = x_BTD + self.residual_dropout(branch_BTD)
+        return x_BTD + self.residual_dropout(self.mlp(self.mlp_norm(x_BTD)))
+
+
+class GPT(nn.Module):
+    """Tokens to hidden states; ``logits`` turns hidden states into logits. Never computes a loss.
+
+    Args:
+        config: the network's shape.
+        vocab_size: V, known from the corpus.
+        regularizers: the rates of dropout; None for a model that is not going to train.
+    """
+
+    def __init__(self, config: Model, vocab_size: int, regularizers: Regularizers | None = None) -> None:
+        super().__init__()
+        rates = regularizers or Regularizers()
+        self.config, self.vocab_size = config, vocab_size
+        self.embedding = nn.Embedding(vocab_size, config.d_model)
+        self.positions = nn.Embedding(config.context_length, config.d_model) if config.family == "gpt2" else None
+        self.embedding_dropout = Dropout(rates.embedding_dropout)
+        self.blocks = nn.ModuleList([Block(config, rates) for _ in range(config.n_layers)])
+        self.norm = make_norm(config)
+        self.output = None if config.tie_embeddings else nn.Linear(config.d_model, vocab_size, bias=False)
+        self.cos_TC: Tensor
+        self.sin_TC: Tensor
+        if config.family != "gpt2":
+            cos_TC, sin_TC = rotation_table(config)
+            self.register_buffer("cos_TC", cos_TC, persistent=False)
+            self.register_buffer("sin_TC", sin_TC, persistent=False)
+
+    def forward(
+        self,
+        tokens_BT: Tensor,
+        positions_BT: Tensor | None = None,
+        documents_BT: Tensor | None = None,
+        cache: Cache | None = None,
+    ) -> Tensor:
+        """The final hidden states (B, T, D), after the last norm, in fp32 outside autocast.
+
+        positions_BT counts from the start of each document, and documents_BT numbers the documents of each
+        row, when documents are isolated; None: one stream. With a cache, the tokens follow those it holds.
+        """
+        past, time = (cache.length if cache else 0), tokens_BT.shape[1]
+        if past + time > self.config.context_length:
+            raise ValueError(f"{past + time} tokens exceed the model's context of {self.config.context_length}")
+        x_BTD = self.embedding(tokens_BT)
+        rotation = None
+        if self.positions is not None:
+            where = positions_BT if positions_BT is not None else slice(past, past + time)
+            x_BTD = x_BTD + self.positions.weight[where]
+        elif positions_BT is not None:
+            rotation = (self.cos_TC[positions_BT][:, None], self.sin_TC[positions_BT][:, None])
+        else:
+            rotation = (self.cos_TC[past : past + time], self.sin_TC[past : past + time])
+        mask = None
+        if documents_BT is not None:
+            same_BTT = documents_BT[:, :, None] == documents_BT[:, None, :]
+            mask = same_BTT.tril()[:, None]
+        elif past and time > 1:
+            mask = torch.ones(time, past + time, dtype=torch.bool, device=tokens_BT.device).tril(past)
+        x_BTD = self.embedding_dropout(x_BTD)
+        for layer, block in enumerate(self.blocks):
+            x_BTD = block(x_BTD, rotation, mask, layer, cache)
+        return self.norm(x_BTD)
+
+    @property
+    def output_weight(self) -> Tensor:
+        """The output matrix (V, D): the embedding matrix when tied."""
+        return self.embedding.weight if self.output is None else self.output.weight
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """(..., D) to (..., V)."""
+        return F.linear(hidden, self.output_weight)
+
+    @torch.no_grad()
+    def initialize(self, seed: int) -> GPT:
+        """Draw all weights as the table INITIAL says, each from a generator of its own; returns the model."""
+        for name, parameter in self.named_parameters():
+            rules = [rule for pattern, rule in INITIAL.items() if re.fullmatch(pattern, name)]
+            if len(rules) != 1:
+                raise ValueError(f"the parameter {name} matches {len(rules)} rows of the table of initial values")
+            if rules[0] in ("one", "zero"):
+                parameter.fill_(1.0 if rules[0] == "one" else 0.0)
+                continue
+            deviation = 0.02 / (math.sqrt(2 * self.config.n_layers) if rules[0] == "residual" else 1.0)
+            drawn = torch.randn(parameter.shape, generator=torch_generator(seed, f"initial {name}"))
+            parameter.copy_(drawn * deviation)
+        return self
+
+    def count_parameters(self) -> int:
+        """Trained numbers; tied weights count once."""
+        return sum(parameter.numel() for parameter in self.parameters())
+
+
+def make_norm(config: Model) -> nn.Module:
+    """The family's norm over the residual stream."""
+    if config.family == "gpt2":
+        return nn.LayerNorm(config.d_model, config.norm_eps)
+    return nn.RMSNorm(config.d_model, config.norm_eps)
+
+
+def rotation_table(config: Model) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of t · theta^(-2c/C), each (context, C/2), in fp32."""
+    exponents = torch.arange(0, config.head_width, 2, dtype=torch.float32) / config.head_width
+    angles = torch.outer(torch.arange(config.context_length, dtype=torch.float32), 1.0 / config.rope_theta**exponents)
+    return angles.cos(), angles.sin()

@@ -1,0 +1,65 @@
+"""Let a trained model write: it goes on from a prompt, or begins a document of its own.
+
+python -m scripts.generate runs/my-run --prompt 'import os' --samples 3
+"""
+
+from __future__ import annotations
+
+import argparse
+
+from command_line import FINISHED, run
+
+
+def main(arguments: list[str]) -> int:
+    """Print the samples, each as soon as it is drawn."""
+    parser = argparse.ArgumentParser("python -m scripts.generate", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("run", metavar="RUN", help="a run directory (its best checkpoint is taken), or a checkpoint")
+    parser.add_argument("--prompt", default="", metavar="TEXT", help="what each text begins with; default: nothing")
+    parser.add_argument("--tokens", type=int, default=200, metavar="N", help="tokens to write at most; default: 200")
+    parser.add_argument(
+        "--temperature",
+        type=float,
+        default=0.8,
+        metavar="T",
+        help="below 1 the likely becomes likelier; 0 always takes the likeliest token; default: 0.8",
+    )
+    parser.add_argument("--top_k", "--top-k", type=int, metavar="K", help="draw only from the K likeliest tokens")
+    parser.add_argument(
+        "--top_p",
+        "--top-p",
+        type=float,
+        metavar="P",
+        help="draw only from the likeliest tokens that together have the probability P",
+    )
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="the same seed, the same text; default: 0")
+    parser.add_argument("--samples", type=int, default=1, metavar="N", help="how many texts; default: 1")
+    options = parser.parse_args(arguments)
+
+    from data.tokenizers import end_of_text, load_tokenizer
+    from model.generate import check_sampling, sample_text
+    from training.load_run import load_model, run_tokenizer
+
+    check_sampling(options.tokens, options.temperature, options.top_k, options.top_p)
+    model, _, _ = load_model(options.run)
+    tokenizer = load_tokenizer(str(run_tokenizer(options.run)))
+    for index in range(options.samples):
+        if options.samples > 1:
+            print(f"--- sample {index + 1} of {options.samples}")
+        text = sample_text(
+            model,
+            tokenizer,
+            options.prompt,
+            end_of_text(tokenizer),
+            options.tokens,
+            options.seed,
+            options.temperature,
+            options.top_k,
+            options.top_p,
+            index,
+        )
+        print(text, flush=True)
+    return FINISHED
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,86 @@
+"""What all tests share: one thread each (two tests run side by side), nothing sent anywhere, nothing left behind."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+# Read by torch, wandb and the processes that tests start, all of which are imported after this file.
+os.environ |= {"OMP_NUM_THREADS": "1", "WANDB_MODE": "disabled", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
+for variable in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
+    os.environ.pop(variable, None)
+
+# A run small enough to be repeated: 20 thousand parameters, a step of a few milliseconds.
+TINY = {
+    "data.corpus": "text",
+    "data.tokenizer": "byte",
+    "data.split": "tail",
+    "model.n_layers": "2",
+    "model.d_model": "32",
+    "model.n_heads": "2",
+    "model.context_length": "32",
+    "training.max_steps": "24",
+    "training.global_batch_size": "8",
+    "evaluation.every": "8",
+    "evaluation.sample_tokens": "8",
+    "tracking.log_every": "4",
+    "run.threads": "1",
+    "run.precision": "fp32",
+}
+
+
+def made_up_text(characters: int = 20_000, seed: int = 0) -> str:
+    """Text with something to learn: sentences over a small vocabulary whose words follow each other by rule."""
+    draw = np.random.default_rng(seed)
+    words = ["the", "cat", "sat", "on", "a", "mat", "and", "saw", "dog", "run", "far", "away"]
+    follow = draw.integers(len(words), size=(len(words), 3))
+    place, text = 0, []
+    while sum(map(len, text)) + len(text) < characters:
+        text.append(words[place])
+        place = int(follow[place, draw.integers(3)])
+    return " ".join(text)[: characters - 1] + "\n"
+
+
+@pytest.fixture(scope="session")
+def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A text of 20,000 characters."""
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text(made_up_text())
+    return path
+
+
+@pytest.fixture
+def tiny(text_file: Path, tmp_path: Path) -> Callable[..., list[str]]:
+    """Flags of a tiny run in this test's directory; keyword arguments change knobs (``training__max_steps=3``)."""
+
+    def flags(**knobs: object) -> list[str]:
+        changes = {key.replace("__", "."): str(value) for key, value in knobs.items()}
+        chosen = TINY | {"data.path": str(text_file), "run.dir": str(tmp_path / "runs"), "run.name": "tiny"} | changes
+        return [f"--{key}={value}" for key, value in chosen.items()]
+
+    return flags
+
+
+@pytest.fixture
+def train(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Start train.py as a user would, in a directory of the test's own; returns when it ends."""
+
+    def start(flags: list[str], timeout: float = 120, **environment: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, str(ROOT / "train.py"), *flags],
+            cwd=tmp_path,
+            env=os.environ | environment,
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+        )
+
+    return start

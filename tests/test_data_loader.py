@@ -1,0 +1,212 @@
+"""Batches: literal windows, every window once an epoch, and nothing that depends on who asks or when."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors import safe_open
+from safetensors.numpy import save_file
+
+from config import BadInput, Data
+from data.loader import TrainingLoader, evaluation_batches
+from data.shards import Shard, Split
+
+END = 9_999
+
+
+def split_of_documents(directory: Path, lengths: list[int]) -> Split:
+    """Tokens 0, 1, 2, ... with END at the beginning of each document, so that a value tells its place."""
+    n = sum(lengths)
+    starts = np.cumsum([0, *lengths[:-1]])
+    tokens = np.arange(n, dtype=np.uint16)
+    tokens[starts] = END
+    save_file({"tokens": tokens}, directory / "x.safetensors")
+    shard = Shard(directory / "x.safetensors", 0, n, safe_open(directory / "x.safetensors", framework="np"))
+    return Split("train", (shard,), n, n, starts, END + 1)
+
+
+def stream(directory: Path, n: int) -> Split:
+    return split_of_documents(directory, [n])
+
+
+def loader_of(split: Split, seed: int = 0, length: int = 4, batch: int = 3, **knobs: object) -> TrainingLoader:
+    return TrainingLoader(split, Data(**knobs), seed, length, batch)  # type: ignore[arg-type]
+
+
+def test_windows_worked_by_hand(tmp_path: Path) -> None:
+    loader = loader_of(stream(tmp_path, 23))  # (23 - 1) // 4 - 1 = 4 windows of 5 tokens, stride 4
+    assert (loader.windows_per_epoch, loader.steps_per_epoch, loader.epoch_at(2)) == (4, 4 / 3, 1.5)
+    for epoch in range(3):
+        batches = [loader.batch(step) for step in range(4 * epoch, 4 * epoch + 4)]  # 12 samples are 3 epochs
+        for batch in batches:
+            assert batch.tokens_BT.shape == batch.targets_BT.shape == (3, 4)
+            assert (batch.tokens_BT[:, 1:] == batch.targets_BT[:, :-1]).all()
+            assert batch.positions_BT is None and batch.documents_BT is None
+    samples: dict[int, list[int]] = {}
+    for step in range(4):
+        batch = loader.batch(step)
+        for row, sample in zip(batch.targets_BT.tolist(), batch.sample_ids_B.tolist(), strict=True):
+            samples[sample] = row
+    assert sorted(samples) == list(range(12))
+    for epoch in range(3):
+        offset = samples[4 * epoch][0] - 1
+        assert 0 <= offset < 4
+        for window in range(4):
+            begin = offset + 4 * window
+            assert samples[4 * epoch + window] == [begin + 1, begin + 2, begin + 3, begin + 4]
+
+
+@pytest.mark.parametrize("n", [5, 6, 8, 9, 12, 13, 14, 40, 41])
+def test_every_window_once_an_epoch_and_every_offset_fits(tmp_path: Path, n: int) -> None:
+    loader = loader_of(stream(tmp_path, n), batch=1)
+    windows = loader.windows_per_epoch
+    assert windows == max(1, (n - 1) // 4 - 1)
+    offsets = set()
+    for epoch in range(60):
+        batches = [loader.batch(epoch * windows + index) for index in range(windows)]
+        assert sorted(int(batch.sample_ids_B[0]) for batch in batches) == [epoch * windows + w for w in range(windows)]
+        targets = sorted(int(token) for batch in batches for token in batch.targets_BT.flatten())
+        assert targets == list(range(targets[0], targets[0] + 4 * windows)) and targets[-1] < n
+        offsets.add(targets[0] - 1)
+    assert offsets == set(range(min(4, n - 4 * windows)))
+
+
+def test_batches_do_not_depend_on_chunks_or_on_earlier_calls(tmp_path: Path) -> None:
+    split = split_of_documents(tmp_path, [7, 30, 5, 60, 19])
+    for knobs in ({}, {"shuffle": "documents"}, {"isolate_documents": True}):
+        forward = [loader_of(split, batch=6, **knobs).batch(step) for step in range(30)]
+        loader = loader_of(split, batch=6, **knobs)
+        for step in reversed(range(30)):
+            whole = forward[step]
+            for count in (1, 2, 3, 6):
+                parts = [loader.batch(step, first, count) for first in range(0, 6, count)]
+                assert np.concatenate([part.sample_ids_B for part in parts]).tolist() == whole.sample_ids_B.tolist()
+                for name in ("tokens_BT", "targets_BT", "positions_BT", "documents_BT"):
+                    pieces = [getattr(part, name) for part in parts]
+                    expected = getattr(whole, name)
+                    assert (expected is None) == (pieces[0] is None)
+                    if expected is not None:
+                        assert [row for piece in pieces for row in piece.tolist()] == expected.tolist()
+    with pytest.raises(IndexError):
+        loader.batch(0, 4, 3)
+
+
+def test_orders_are_new_in_each_epoch_and_seed(tmp_path: Path) -> None:
+    split = stream(tmp_path, 1000)
+
+    def order(seed: int, epoch: int) -> tuple[int, ...]:
+        loader = loader_of(split, seed=seed, length=2, batch=499 - 1)
+        ids = loader.batch(epoch).sample_ids_B - epoch * loader.windows_per_epoch
+        assert sorted(ids.tolist()) == list(range(498))
+        return tuple(ids.tolist())
+
+    orders = {(seed, epoch): order(seed, epoch) for seed in range(3) for epoch in range(4)}
+    assert len(set(orders.values())) == 12  # in particular seed 0 epoch 1 is not seed 1 epoch 0
+    assert orders[1, 2] == order(1, 2)
+    assert not any(values == tuple(range(498)) for values in orders.values())
+    ranks = np.array(list(orders.values()), dtype=float)
+    correlations = np.corrcoef(ranks)[np.triu_indices(12, 1)]
+    assert abs(correlations).max() < 5 / np.sqrt(498)  # five standard errors
+
+
+def test_a_batch_may_straddle_epochs(tmp_path: Path) -> None:
+    loader = loader_of(stream(tmp_path, 21), batch=10)  # 4 windows an epoch
+    ids = [int(i) for step in range(2) for i in loader.batch(step).sample_ids_B]
+    assert [i // 4 for i in ids] == [i // 4 for i in range(20)]
+    assert sorted(ids) == list(range(20))
+
+
+def test_shuffled_documents_are_whole(tmp_path: Path) -> None:
+    lengths = [7, 30, 5, 60, 19, 1, 2]
+    split = split_of_documents(tmp_path, lengths)
+    starts = split.document_starts.tolist()
+    documents = [split.read(s, s + n).tolist() for s, n in zip(starts, lengths, strict=True)]
+    loader = loader_of(split, batch=1, shuffle="documents")
+    firsts = set()
+    for epoch in range(20):
+        windows = {}
+        for index in range(loader.windows_per_epoch):
+            batch = loader.batch(epoch * loader.windows_per_epoch + index)
+            windows[int(batch.sample_ids_B[0])] = [*batch.tokens_BT[0].tolist(), int(batch.targets_BT[0, -1])]
+        ordered = [windows[sample] for sample in sorted(windows)]
+        tokens = ordered[0] + [token for window in ordered[1:] for token in window[1:]]
+        # Cut the stream at the ends of text: all complete pieces are documents, each at most once.
+        cuts = [place for place, token in enumerate(tokens) if token == END]
+        pieces = [tokens[a:b] for a, b in pairwise(cuts)]
+        assert all(piece in documents for piece in pieces)
+        assert len(pieces) == len({tuple(piece) for piece in pieces}) >= len(documents) - 5
+        firsts.add(tuple(pieces[0]))
+    assert len(firsts) > 2
+
+
+def test_isolation_worked_by_hand(tmp_path: Path) -> None:
+    split = split_of_documents(tmp_path, [3, 4, 1, 5])  # E 1 2 | E 4 5 6 | E | E 9 10 11 12
+    first = evaluation_batches(split, 6, 2, isolate_documents=True).batch(0)
+    assert first.tokens_BT.tolist() == [[END, 1, 2, END, 4, 5], [6, END, END, 9, 10, 11]]
+    assert first.targets_BT.tolist() == [[1, 2, END, 4, 5, 6], [END, END, 9, 10, 11, 12]]
+    assert first.documents_BT is not None and first.positions_BT is not None
+    assert first.documents_BT.tolist() == [[0, 0, 0, 1, 1, 1], [0, 1, 2, 2, 2, 2]]
+    assert first.positions_BT.tolist() == [[0, 1, 2, 0, 1, 2], [0, 0, 0, 1, 2, 3]]
+
+
+@pytest.mark.parametrize("shuffle", ["windows", "documents"])
+def test_isolation_follows_the_ends_of_text(tmp_path: Path, shuffle: str) -> None:
+    split = split_of_documents(tmp_path, [7, 30, 5, 60, 19, 1, 2])
+    loader = loader_of(split, length=16, batch=8, shuffle=shuffle, isolate_documents=True)
+    for step in range(10):
+        batch = loader.batch(step)
+        assert batch.documents_BT is not None and batch.positions_BT is not None
+        for tokens, documents, positions in zip(
+            batch.tokens_BT.tolist(), batch.documents_BT.tolist(), batch.positions_BT.tolist(), strict=True
+        ):
+            number, position = 0, 0
+            for place, token in enumerate(tokens):
+                if token == END and place > 0:
+                    number, position = number + 1, 0
+                assert (documents[place], positions[place]) == (number, position)
+                position += 1
+
+
+@pytest.mark.parametrize("n", [2, 3, 5, 9, 10, 12, 30, 33])
+@pytest.mark.parametrize("batch_size", [1, 2, 5])
+def test_evaluation_covers_every_token_but_the_first_once(tmp_path: Path, n: int, batch_size: int) -> None:
+    split = stream(tmp_path, n)
+    batches = evaluation_batches(split, 4, batch_size)
+    assert len(list(batches)) == len(batches) and batches.n_targets == n - 1
+    targets = [int(token) for batch in batches for token in batch.targets_BT.flatten()]
+    assert targets == list(range(1, n))
+    assert all(batch.tokens_BT.shape[0] <= batch_size for batch in batches)
+    assert [batch.tokens_BT.shape[1] for batch in batches][:-1] == [4] * (len(batches) - 1)
+    shared = [batches.batch(index) for index in reversed(range(len(batches)))]  # any rank may take any batch
+    assert sorted(int(i) for batch in shared for i in batch.sample_ids_B) == list(range(-(-(n - 1) // 4)))
+
+
+def test_evaluation_of_a_part(tmp_path: Path) -> None:
+    batches = evaluation_batches(stream(tmp_path, 100), 4, 3, max_tokens=10)
+    assert [batch.targets_BT.tolist() for batch in batches] == [[[1, 2, 3, 4], [5, 6, 7, 8]], [[9]]]
+    assert batches.n_targets == 9
+    with pytest.raises(IndexError):
+        batches.batch(2)
+    with pytest.raises(BadInput, match="two are needed"):
+        evaluation_batches(stream(tmp_path, 1), 4, 3)
+
+
+def test_too_little_text_is_refused_with_numbers(tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match=r"has 4 tokens, fewer than the 5 .*lower model.context_length"):
+        loader_of(stream(tmp_path, 4))
+    with pytest.raises(BadInput, match=r"data.train_tokens is 3"):
+        loader_of(stream(tmp_path, 40), train_tokens=3)
+
+
+def test_train_tokens_limits_what_is_seen(tmp_path: Path) -> None:
+    split = split_of_documents(tmp_path, [10, 10, 80])
+    for shuffle in ("windows", "documents"):
+        loader = loader_of(split, train_tokens=25, shuffle=shuffle)
+        assert loader.windows_per_epoch == 5
+        seen = {int(token) for step in range(50) for token in loader.batch(step).targets_BT.flatten()} - {END}
+        assert seen <= set(range(25))
+        if shuffle == "windows":  # offsets 0..3 and 20 targets: 1..23, of which 10 and 20 are END
+            assert seen == set(range(1, 24)) - {10, 20}

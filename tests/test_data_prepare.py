@@ -1,0 +1,304 @@
+"""Preparation: literal splits, the same bytes each time, all or nothing, and errors that leave nothing behind."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from itertools import chain
+from pathlib import Path
+
+import pytest
+from safetensors.numpy import load_file
+
+from config import BadInput, Data
+from data.prepare import prepare, split_of
+from data.shards import Corpus
+from data.tokenizers import encode_documents, train_bpe
+
+PROJECT = Path(__file__).parent.parent
+
+
+def text_config(path: object, **knobs: object) -> Data:
+    return Data(corpus="text", path=str(path), **{"tokenizer": "byte", **knobs})  # type: ignore[arg-type]
+
+
+def many_documents(path: Path, count: int = 300) -> Path:
+    rows = [{"text": f"document {number}: " + "lorem ipsum " * (number % 7)} for number in range(count)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def documents_of(corpus: Corpus, name: str) -> list[str]:
+    split = corpus.split(name)
+    stops = [*split.document_starts[1:], split.n_tokens]
+    texts = []
+    for start, stop in zip(split.document_starts, stops, strict=True):
+        tokens = split.read(int(start), int(stop))
+        assert tokens[0] == corpus.end_of_text and corpus.end_of_text not in tokens[1:]
+        texts.append(corpus.tokenizer().decode(tokens[1:].tolist(), skip_special_tokens=False))
+    return texts
+
+
+def test_a_tail_split_worked_by_hand(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("abcde")
+    (tmp_path / "b.txt").write_text("fghéjklmno")  # 15 characters, 16 bytes: train 9, val 3, test 3
+    directory = prepare(text_config(tmp_path / "*.txt", val_fraction=0.2, test_fraction=0.2), tmp_path / "corpora")
+    tensors = load_file(directory / "train-00000.safetensors")
+    assert tensors["tokens"].tolist() == [256, *b"abcde", 256, *"fghé".encode()]
+    assert tensors["document_starts"].tolist() == [0, 6]
+    corpus = Corpus.open(directory)
+    assert documents_of(corpus, "val") == ["jkl"] and documents_of(corpus, "test") == ["mno"]
+    train = corpus.split("train")
+    assert (train.n_tokens, train.n_bytes, train.n_documents) == (12, 10, 2)
+    assert (corpus.vocab_size, corpus.end_of_text) == (257, 256)
+
+
+def test_no_test_split_when_its_share_is_nothing(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("0123456789")
+    corpus = Corpus.open(prepare(text_config(tmp_path / "a.txt", val_fraction=0.3, test_fraction=0), tmp_path / "c"))
+    assert documents_of(corpus, "train") == ["0123456"] and documents_of(corpus, "val") == ["789"]
+    with pytest.raises(BadInput, match="no test split"):
+        corpus.split("test")
+
+
+def test_each_document_is_in_one_split_and_stays_there(tmp_path: Path) -> None:
+    rows = many_documents(tmp_path / "rows.jsonl", 1000)
+    config = text_config(rows, val_fraction=0.1, test_fraction=0.2)
+    corpus = Corpus.open(prepare(config, tmp_path / "corpora", quiet=True))
+    splits = {name: documents_of(corpus, name) for name in ("train", "val", "test")}
+    everything = [json.loads(line)["text"] for line in rows.read_text().splitlines()]
+    assert sorted(chain.from_iterable(splits.values())) == sorted(everything)
+    assert all(split_of(text, 0.1, 0.2) == name for name, texts in splits.items() for text in texts)
+    # Binomial counts: five standard deviations are 50 and 65.
+    assert abs(len(splits["val"]) - 100) < 50 and abs(len(splits["test"]) - 200) < 65
+    rows.write_text("".join(reversed(rows.read_text().splitlines(keepends=True)[:500])))
+    fewer = Corpus.open(prepare(config, tmp_path / "corpora", quiet=True))
+    for name, texts in splits.items():
+        assert documents_of(fewer, name) == [text for text in reversed(everything[:500]) if text in texts]
+
+
+@pytest.mark.parametrize(("text", "fraction"), [("a", 0.253794), ("b", 0.517376), ("hello", 0.655135)])
+def test_splits_of_known_hashes(text: str, fraction: float) -> None:
+    # The fractions are those of `printf a | b2sum -l 64`, divided by 2^64.
+    assert split_of(text, 0.01, fraction + 0.001) == "test"
+    assert split_of(text, 0.01, fraction - 0.001) == "val"
+    assert split_of(text, 0.01, fraction - 0.02) == "train"
+
+
+def test_all_that_a_transform_makes_of_a_document_stays_in_its_split(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "doubling.py").write_text("def twice(text): return [text, text.upper()]\n")
+    monkeypatch.chdir(tmp_path)
+    config = text_config(many_documents(tmp_path / "rows.jsonl"), transform="doubling:twice")
+    corpus = Corpus.open(prepare(config, quiet=True))
+    assert corpus.directory.parent == Path("corpora")
+    for name in ("train", "val", "test"):
+        texts = documents_of(corpus, name)
+        assert texts[1::2] == [text.upper() for text in texts[::2]] and texts
+
+
+def test_a_random_transform_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "growing.py").write_text(
+        "calls = []\ndef more(text):\n    calls.append(1)\n    return text * len(calls)"
+    )
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.txt").write_text("abc " * 100)
+    with pytest.raises(BadInput, match="random"):
+        prepare(text_config("a.txt", transform="growing:more"), quiet=True)
+
+
+def test_bpe_sees_the_training_split_alone(tmp_path: Path) -> None:
+    rows = many_documents(tmp_path / "rows.jsonl")
+    corpus = Corpus.open(prepare(text_config(rows, tokenizer="bpe", vocab_size=300), tmp_path / "c", quiet=True))
+    train = documents_of(corpus, "train")
+    assert corpus.tokenizer().to_str() == train_bpe(train, 300).to_str()
+    secret = "zqxjkvwzqxjkvw"
+    (tmp_path / "t.txt").write_text("common words " * 900 + secret * 80)  # the secret is in the tail only
+    corpus = Corpus.open(prepare(text_config(tmp_path / "t.txt", tokenizer="bpe"), tmp_path / "c", quiet=True))
+    assert not any("zq" in token for token in corpus.tokenizer().get_vocab())
+    assert any("common" in token for token in corpus.tokenizer().get_vocab())
+
+
+def test_the_same_input_gives_the_same_bytes(tmp_path: Path) -> None:
+    config = text_config(many_documents(tmp_path / "rows.jsonl"), tokenizer="bpe", vocab_size=400)
+    first, second = (prepare(config, tmp_path / root, quiet=True, shard_tokens=1000) for root in "ab")
+    files = sorted(file.name for file in first.iterdir())
+    assert files == sorted(file.name for file in second.iterdir()) and first.name == second.name
+    assert sum(name.startswith("train") for name in files) > 2
+    assert all((first / name).read_bytes() == (second / name).read_bytes() for name in files)
+
+
+def test_shards_hold_one_stream(tmp_path: Path) -> None:
+    config = text_config(many_documents(tmp_path / "rows.jsonl"))
+    whole = Corpus.open(prepare(config, tmp_path / "a", quiet=True)).split("train")
+    corpus = Corpus.open(prepare(config, tmp_path / "a", quiet=True, shard_tokens=37))
+    split = corpus.split("train")
+    assert len(split.shards) > 100 and all(shard.n_tokens == 37 for shard in split.shards[:-1])
+    assert split.document_starts.tolist() == whole.document_starts.tolist()
+    assert split.read(0, split.n_tokens).tolist() == whole.read(0, whole.n_tokens).tolist()
+    assert split.read(30, 200).tolist() == whole.read(30, 200).tolist()
+
+
+def test_what_the_fingerprint_follows(tmp_path: Path) -> None:
+    rows = many_documents(tmp_path / "rows.jsonl")
+
+    def name(**knobs: object) -> str:
+        return prepare(text_config(rows, **knobs), tmp_path / "c", quiet=True).name
+
+    base = name()
+    assert base.startswith("rows-")
+    assert base == name(train_tokens=10) == name(shuffle="documents") == name(isolate_documents=True)
+    assert base == name(vocab_size=300)  # bytes have no size to choose
+    others = {name(tokenizer="bpe"), name(tokenizer="bpe", vocab_size=300), name(val_fraction=0.1)}
+    others |= {name(test_fraction=0), name(split="tail"), name(max_documents=290)}
+    assert len(others | {base}) == 7
+    rows.write_text(rows.read_text().replace("lorem", "LOREM", 1))
+    assert name() not in others | {base}
+
+
+def test_wide_vocabularies_get_wide_tokens(tmp_path: Path) -> None:
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    words = {f"w{number}": number for number in range(70_000)} | {"</s>": 70_000}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="w0"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.save(str(tmp_path / "wide.json"))
+    (tmp_path / "t.txt").write_text("w1 w69999 w65536 w2 " * 20)
+    directory = prepare(text_config(tmp_path / "t.txt", tokenizer=str(tmp_path / "wide.json")), tmp_path / "c")
+    assert str(load_file(directory / "train-00000.safetensors")["tokens"].dtype) == "uint32"
+    corpus = Corpus.open(directory)
+    assert (corpus.vocab_size, corpus.manifest["dtype"]) == (70_001, "U32")
+    assert corpus.split("train").read(0, 5).tolist() == [70_000, 1, 69_999, 65_536, 2]
+
+
+def test_preparing_again_only_finds(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "t.txt").write_bytes(b"some text\r\n" * 20 + b"\xff")
+    directory = prepare(text_config(tmp_path / "t.txt"), tmp_path / "c")
+    said = capsys.readouterr().out
+    assert "20 CRLF became LF" in said and "1 invalid bytes" in said and "train:" in said and "bytes per token" in said
+    stamps = {file: file.stat().st_mtime_ns for file in directory.iterdir()}
+    assert prepare(text_config(tmp_path / "t.txt"), tmp_path / "c", quiet=True) == directory
+    assert stamps == {file: file.stat().st_mtime_ns for file in directory.iterdir()}
+
+
+def test_the_standard_library_is_found_again_quickly(tmp_path: Path) -> None:
+    config = Data(tokenizer="byte")
+    directory = prepare(config, tmp_path, quiet=True)
+    start = time.perf_counter()
+    assert prepare(config, tmp_path, quiet=True) == directory
+    assert time.perf_counter() - start < 2  # 0.15 s on a quiet machine
+
+
+def test_texts_too_small_are_refused_and_leave_nothing(tmp_path: Path) -> None:
+    def refusal(path: Path, **knobs: object) -> str:
+        with pytest.raises(BadInput) as caught:
+            prepare(text_config(path, **knobs), tmp_path / "c", quiet=True)
+        assert [name for name in os.listdir(tmp_path / "c") if not name.endswith(".lock")] == []
+        return str(caught.value)
+
+    (tmp_path / "empty.txt").write_text("")
+    assert "no text" in refusal(tmp_path / "empty.txt")
+    assert "no text" in refusal(tmp_path / "empty.txt", tokenizer="bpe", document="line")
+    (tmp_path / "one.jsonl").write_text('{"text": "a single document"}\n')
+    assert "the val split" in refusal(tmp_path / "one.jsonl")
+    assert "data.split=tail" in refusal(tmp_path / "one.jsonl")
+    (tmp_path / "short.txt").write_text("abcd")
+    assert "data.val_fraction" in refusal(tmp_path / "short.txt", test_fraction=0)
+    assert "data.test_fraction=0" in refusal(tmp_path / "short.txt", val_fraction=0.3)
+    (tmp_path / "torn.jsonl").write_text('{"text": "x"}\n' * 50 + "{")
+    assert "line 51" in refusal(tmp_path / "torn.jsonl")
+
+
+def test_one_huge_line(tmp_path: Path) -> None:
+    (tmp_path / "t.txt").write_text("word " * 400_000)
+    corpus = Corpus.open(prepare(text_config(tmp_path / "t.txt"), tmp_path / "c", quiet=True))
+    assert corpus.split("train").n_tokens == 1 + 1_800_000
+
+
+def test_an_unwritable_root_is_named(tmp_path: Path) -> None:
+    (tmp_path / "t.txt").write_text("text " * 100)
+    (tmp_path / "c").write_text("a file where the directory should be")
+    with pytest.raises(BadInput, match="cannot write the corpus"):
+        prepare(text_config(tmp_path / "t.txt"), tmp_path / "c", quiet=True)
+
+
+def start_preparing(source: Path, root: Path, **variables: str) -> subprocess.Popen[bytes]:
+    code = (
+        "import sys; from config import Data; from data.prepare import prepare\n"
+        f"prepare(Data(corpus='text', path={str(source)!r}, tokenizer='byte'), {str(root)!r}, quiet=True)"
+    )
+    return subprocess.Popen([sys.executable, "-c", code], cwd=PROJECT, env={**os.environ, **variables})
+
+
+def test_kill_9_leaves_debris_that_the_next_one_sweeps(tmp_path: Path) -> None:
+    big, small, root = tmp_path / "big.txt", tmp_path / "small.txt", tmp_path / "c"
+    big.write_text("some words of text\n" * 2_000_000)
+    small.write_text("some words of text\n" * 20)
+    process = start_preparing(big, root)
+    deadline = time.time() + 30
+    while not list(root.glob(".big-*.partial/tokenizer.json")) and time.time() < deadline:
+        time.sleep(0.005)
+    os.kill(process.pid, signal.SIGSTOP)  # alive: nobody may sweep it
+    (partial,) = root.glob(".big-*.partial")
+    prepare(text_config(small), root, quiet=True)
+    assert partial.is_dir() and not list(root.glob("big-*"))
+    process.kill()
+    process.wait()
+    (root / "small-dead").mkdir()  # a stranger's directory is not debris
+    small.write_text("some other words of text\n" * 20)
+    prepare(text_config(small), root, quiet=True)
+    assert not partial.exists() and not list(root.glob("big-*")) and (root / "small-dead").is_dir()
+    directory = prepare(text_config(small), root, quiet=True)
+    directory.rename(root / f".{directory.name}.partial")  # as if killed before the rename
+    (root / f".{directory.name}.partial" / "train-00000.safetensors").write_text("torn")
+    assert Corpus.open(prepare(text_config(small), root, quiet=True)).split("train").n_documents == 1
+    assert not list(root.glob(".*.partial"))
+
+
+def test_two_processes_do_the_work_once(tmp_path: Path) -> None:
+    source, root = tmp_path / "t.txt", tmp_path / "c"
+    source.write_text("some words of text\n" * 50_000)
+    directory = prepare(text_config(source), tmp_path / "alone", quiet=True)
+    lock = root / f".{directory.name}.lock"
+    root.mkdir()
+    with open(lock, "w") as handle:  # both wait for us, then one finds what the other has made
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        processes = [start_preparing(source, root) for _ in range(2)]
+        time.sleep(1)
+        assert [process.poll() for process in processes] == [None, None] and os.listdir(root) == [lock.name]
+    assert [process.wait(30) for process in processes] == [0, 0]
+    assert sorted(os.listdir(root)) == [lock.name, directory.name]
+    assert Corpus.open(root / directory.name).fingerprint == Corpus.open(directory).fingerprint
+
+
+def test_the_script(tmp_path: Path) -> None:
+    (tmp_path / "t.txt").write_text("The quick brown fox jumps over the lazy dog.\n" * 30)
+    command = [sys.executable, "-m", "scripts.prepare_data", "--data.corpus=text", "--data.tokenizer=byte"]
+    variables = {**os.environ, "PYTHONPATH": str(PROJECT)}
+    for _ in range(2):
+        done = subprocess.run(
+            [*command, "--data.path=t.txt"], cwd=tmp_path, env=variables, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count("train:") == 1 and "corpora/t-" in done.stdout
+        assert "'<|endoftext|>' 'T' 'h' 'e' ' ' 'q'" in done.stdout
+    done = subprocess.run([*command, "--data.path=no.txt"], cwd=tmp_path, env=variables, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.startswith("error: there is no file 'no.txt'")
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_tokens_are_those_of_the_documents(tmp_path: Path) -> None:
+    rows = many_documents(tmp_path / "rows.jsonl")
+    corpus = Corpus.open(prepare(text_config(rows, tokenizer="bpe", vocab_size=400), tmp_path / "c", quiet=True))
+    val = corpus.split("val")
+    expected = []
+    for ids in encode_documents(corpus.tokenizer(), documents_of(corpus, "val")):
+        expected += [corpus.end_of_text, *ids.tolist()]
+    assert val.read(0, val.n_tokens).tolist() == expected
+    assert val.n_bytes == sum(len(text.encode()) for text in documents_of(corpus, "val"))

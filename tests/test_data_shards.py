@@ -1,0 +1,263 @@
+"""A corpus that is not as it was written is refused, by name and with the way out, before it is used."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import pickle
+import struct
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from config import BadInput, Data
+from data.prepare import prepare
+from data.shards import Corpus
+
+
+@pytest.fixture
+def directory(tmp_path: Path) -> Path:
+    (tmp_path / "t.txt").write_text("abcdefghij" * 10)
+    config = Data(corpus="text", path=str(tmp_path / "t.txt"), tokenizer="byte", val_fraction=0.2, test_fraction=0.1)
+    return prepare(config, tmp_path / "corpora", quiet=True, shard_tokens=30)
+
+
+def open_all(directory: Path) -> None:
+    corpus = Corpus.open(directory)
+    corpus.tokenizer()
+    for name in corpus.manifest["splits"]:
+        split = corpus.split(name)
+        split.read(0, split.n_tokens)
+
+
+def refusal(directory: Path) -> str:
+    with pytest.raises(BadInput) as caught:
+        open_all(directory)
+    assert f"delete {directory} and prepare it again" in str(caught.value)
+    return str(caught.value)
+
+
+def edit_manifest(directory: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    manifest = json.loads((directory / "manifest.json").read_text())
+    change(manifest)
+    (directory / "manifest.json").write_text(json.dumps(manifest))
+
+
+def rewrite(directory: Path, name: str, contents: bytes) -> None:
+    """Put other bytes into a shard and make the manifest agree with them, as an attacker would."""
+    (directory / name).write_bytes(contents)
+
+    def change(manifest: dict[str, Any]) -> None:
+        for split in manifest["splits"].values():
+            for shard in split["shards"]:
+                if shard["file"] == name:
+                    shard |= {"size": len(contents), "sha256": hashlib.sha256(contents).hexdigest()}
+
+    edit_manifest(directory, change)
+
+
+def test_reading_across_shards(directory: Path) -> None:
+    open_all(directory)
+    train = Corpus.open(directory).split("train")
+    stream = [256, *b"abcdefghij" * 7]
+    assert [shard.n_tokens for shard in train.shards] == [30, 30, 11]
+    assert (train.n_tokens, train.n_bytes, train.n_documents) == (71, 70, 1)
+    for start, stop in ((0, 71), (29, 31), (5, 5), (30, 60), (20, 70), (70, 71), (71, 71)):
+        tokens = train.read(start, stop)
+        assert tokens.dtype == np.int64 and tokens.tolist() == stream[start:stop]
+    for start, stop in ((-1, 3), (0, 72), (5, 4)):
+        with pytest.raises(IndexError):
+            train.read(start, stop)
+
+
+def test_head(tmp_path: Path) -> None:
+    (tmp_path / "t.txt").write_text("".join(f"line {n}\n" for n in range(100)))
+    config = Data(corpus="text", path=str(tmp_path / "t.txt"), tokenizer="byte", document="line")
+    train = Corpus.open(prepare(config, tmp_path / "c", quiet=True)).split("train")
+    starts = train.document_starts
+    head = train.head(int(starts[3]) + 2)
+    assert (head.n_documents, head.n_tokens) == (4, starts[3] + 2)
+    assert train.head(int(starts[3])).n_documents == 3
+    assert head.read(0, head.n_tokens).tolist() == train.read(0, head.n_tokens).tolist()
+    with pytest.raises(IndexError):
+        head.read(0, head.n_tokens + 1)
+    assert abs(head.n_bytes - head.n_tokens * train.n_bytes / train.n_tokens) <= 1
+    assert train.head(train.n_tokens + 5) is train
+
+
+@pytest.mark.parametrize("name", ["train-00001.safetensors", "val-00000.safetensors", "tokenizer.json"])
+def test_edited_truncated_missing_and_linked_files_are_refused(directory: Path, name: str) -> None:
+    file = directory / name
+    good = file.read_bytes()
+    for size in (0, 8, len(good) // 2, len(good) - 1):
+        file.write_bytes(good[:size])
+        assert name in refusal(directory)
+    for place in (0, 20, len(good) // 2, len(good) - 1):
+        file.write_bytes(good[:place] + bytes([good[place] ^ 1]) + good[place + 1 :])
+        assert name in refusal(directory)
+    file.write_bytes(good[:-9] + bytes(9))
+    assert name in refusal(directory)
+    file.rename(directory / "elsewhere")
+    assert name in refusal(directory)
+    file.symlink_to(directory / "elsewhere")
+    assert name in refusal(directory) and "link" in refusal(directory)
+    file.unlink()
+    (directory / "elsewhere").rename(file)
+    file.write_bytes(good)
+    open_all(directory)
+
+
+def test_swapped_shards_are_refused(directory: Path) -> None:
+    first, second = directory / "train-00000.safetensors", directory / "train-00001.safetensors"
+    one, two = first.read_bytes(), second.read_bytes()
+    first.write_bytes(two)
+    second.write_bytes(one)
+    assert "train-0000" in refusal(directory)
+
+
+@pytest.mark.parametrize("name", ["../secret", "/etc/hostname", "..", ".", "", "a/b", "a\\b", "x\0", 3, None, ["a"]])
+def test_names_that_lead_elsewhere_are_refused(directory: Path, name: object) -> None:
+    (directory.parent / "secret").write_bytes((directory / "train-00000.safetensors").read_bytes())
+
+    def change(manifest: dict[str, Any]) -> None:
+        manifest["splits"]["train"]["shards"][0]["file"] = name
+
+    edit_manifest(directory, change)
+    assert "outside its directory" in refusal(directory)
+
+
+def test_damaged_manifests_are_refused(directory: Path) -> None:
+    file = directory / "manifest.json"
+    good = file.read_text()
+    for bad in ("", "{", "[]", "3", "{}", '{"splits": 3}', "[" * 100_000, good[: len(good) // 2]):
+        file.write_text(bad)
+        assert "manifest.json" in refusal(directory)
+    changes: list[Callable[[dict[str, Any]], object]] = [
+        lambda m: m.pop("vocab_size"),
+        lambda m: m.update(vocab_size="many"),
+        lambda m: m.update(vocab_size=100),
+        lambda m: m.update(dtype="F32"),
+        lambda m: m["splits"]["train"].update(tokens=70),
+        lambda m: m["splits"]["val"]["shards"].clear(),
+        lambda m: m["splits"]["train"]["shards"].reverse(),
+        lambda m: m["splits"]["train"]["shards"][0].pop("sha256"),
+        lambda m: m["splits"]["train"]["shards"][0].update(tokens=-1),
+        lambda m: m["splits"]["train"].update(bytes=None),
+    ]
+    for change in changes:
+        file.write_text(good)
+        edit_manifest(directory, change)
+        refusal(directory)
+    file.unlink()
+    with pytest.raises(BadInput, match="no manifest"):
+        Corpus.open(directory)
+
+
+def header(fields: object, data: bytes = b"", length: int | None = None) -> bytes:
+    text = json.dumps(fields).encode()
+    return struct.pack("<Q", len(text) if length is None else length) + text + data
+
+
+def test_hostile_headers_are_refused_before_anything_is_allocated(directory: Path) -> None:
+    name = "val-00000.safetensors"  # 21 tokens, one document
+    starts = {"dtype": "I64", "shape": [1], "data_offsets": [0, 8]}
+    tokens = {"dtype": "U16", "shape": [21], "data_offsets": [8, 50]}
+    good = {"document_starts": starts, "tokens": tokens}
+    stream = struct.pack("<q", 0) + np.array([256, *b"abcdefghij" * 2], dtype="<u2").tobytes()
+    rewrite(directory, name, header(good, stream))
+    open_all(directory)
+    huge = 2**62
+    hostile = [
+        header(good, stream, length=huge),
+        header(good, stream, length=2**64 - 1),
+        header(good, stream, length=0),
+        b"\xff" * 8,
+        b"",
+        b"\x00" * 7,
+        header([], stream),
+        header("text", stream),
+        header({**good, "more": tokens}, stream),
+        header({"tokens": tokens}, stream),
+        header({**good, "tokens": {**tokens, "shape": [huge]}}, stream),
+        header({**good, "tokens": {**tokens, "shape": [-21]}}, stream),
+        header({**good, "tokens": {**tokens, "shape": [2**32, 2**32]}}, stream),
+        header({**good, "tokens": {**tokens, "dtype": "F16"}}, stream),
+        header({**good, "tokens": {**tokens, "data_offsets": [0, 42]}}, stream),
+        header({**good, "tokens": {**tokens, "data_offsets": [8, huge]}}, stream),
+        header({**good, "tokens": {**tokens, "data_offsets": [50, 8]}}, stream),
+        header({**good, "tokens": {**tokens, "data_offsets": None}}, stream),
+        header(good, stream + b"more"),
+        header(good, stream[:-2]),
+        struct.pack("<Q", 40_000) + b"[" * 40_000,
+    ]
+    for contents in hostile:
+        rewrite(directory, name, contents)
+        assert name in refusal(directory)
+
+
+def test_document_starts_out_of_order_are_refused(directory: Path) -> None:
+    for starts in ([5], [-1], [10**12]):
+        tokens = np.array([256, *b"abcdefghij" * 2], dtype=np.uint16)
+        save_file({"document_starts": np.array(starts), "tokens": tokens}, directory / "x")
+        rewrite(directory, "val-00000.safetensors", (directory / "x").read_bytes())
+        assert "document_starts" in refusal(directory)
+
+
+def test_an_id_outside_the_vocabulary_is_named_with_shard_and_offset(directory: Path) -> None:
+    tokens = np.array([*b"abcdefghij" * 3], dtype=np.uint16)
+    tokens[17] = 999
+    starts = np.zeros(0, dtype=np.int64)
+    save_file({"document_starts": starts, "tokens": tokens}, directory / "x")
+    rewrite(directory, "train-00001.safetensors", (directory / "x").read_bytes())
+    train = Corpus.open(directory).split("train")
+    train.read(30, 47)
+    with pytest.raises(BadInput, match=r"train-00001\.safetensors holds token 999 at offset 17, .* 257 entries"):
+        train.read(25, 60)
+
+
+def test_another_tokenizer_of_the_same_size_changes_the_fingerprint(directory: Path) -> None:
+    before = Corpus.open(directory).fingerprint
+    file = directory / "tokenizer.json"
+    other = file.read_text().replace('"A":65', '"A":66').replace('"B":66', '"B":65')
+    other = other.replace('"A": 65', '"A": 66').replace('"B": 66', '"B": 65')
+    assert other != file.read_text()
+    file.write_text(other)
+    assert "tokenizer.json" in refusal(directory)
+    digest = hashlib.sha256(other.encode()).hexdigest()
+    edit_manifest(directory, lambda m: m["tokenizer"].update(sha256=digest, size=len(other.encode())))
+    assert Corpus.open(directory).fingerprint != before
+
+
+def test_nothing_is_unpickled(directory: Path) -> None:
+    loads: list[object] = []
+    sys.addaudithook(lambda event, arguments: loads.append(arguments) if event == "pickle.find_class" else None)
+
+    class Evil:
+        def __reduce__(self) -> tuple[object, ...]:
+            return os.system, ("true",)
+
+    for name in ("train.pt", "train-00009.safetensors", "tokenizer.pkl", "manifest.pkl"):
+        (directory / name).write_bytes(pickle.dumps(Evil()))
+    np.save(directory / "tokens.npy", np.array([Evil()]), allow_pickle=True)
+    open_all(directory)
+    rewrite(directory, "val-00000.safetensors", pickle.dumps(Evil()))
+    refusal(directory)
+    assert loads == []
+
+
+def test_checksums_can_be_left_to_a_neighbour(directory: Path) -> None:
+    file = directory / "train-00000.safetensors"
+    contents = bytearray(file.read_bytes())
+    contents[-1] ^= 1
+    file.write_bytes(contents)
+    refusal(directory)
+    Corpus.open(directory, verify=False)
+    file.write_bytes(contents[:-1])
+    with pytest.raises(BadInput, match="bytes"):
+        Corpus.open(directory, verify=False)

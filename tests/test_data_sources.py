@@ -1,0 +1,222 @@
+"""Reading text: what is a document, what is mended and counted, what is refused and how."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from config import BadInput, Data
+from data.sources import FEW_FILES, Source, open_source, short_name
+
+
+def text_source(path: object, **knobs: object) -> Source:
+    return open_source(Data(corpus="text", path=str(path), **knobs))  # type: ignore[arg-type]
+
+
+def write_lines(path: Path, *rows: object) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def refusal(path: object, **knobs: object) -> str:
+    with pytest.raises(BadInput) as caught:
+        list(text_source(path, **knobs).documents())
+    return str(caught.value)
+
+
+def test_the_standard_library_has_no_tests_in_it() -> None:
+    source = open_source(Data())
+    documents = list(source.documents())
+    assert len(documents) > 300 and sum(map(len, documents)) > 5_000_000
+    assert any("class JSONDecodeError" in text for text in documents)  # json/decoder.py
+    assert not any(text.startswith('"""Unittests for the various HTTPServer modules') for text in documents)
+    assert list(source.documents()) == documents
+    assert source.split == "documents"
+
+
+def test_files_come_sorted_whatever_the_listing_says(tmp_path: Path) -> None:
+    for name in ("b.txt", "a.txt", "c/d.txt", "a-.txt", "B.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(name)
+    source = text_source(tmp_path / "**" / "*.txt")
+    assert list(source.documents()) == ["B.txt", "a-.txt", "a.txt", "b.txt", "c/d.txt"]
+    (tmp_path / "a.txt").rename(tmp_path / "x")  # another order of creation, another place on the disk
+    (tmp_path / "a.txt").write_text("a.txt")
+    (tmp_path / "x").unlink()
+    assert text_source(tmp_path / "**" / "*.txt").identity == source.identity
+
+
+def test_identity_follows_contents_and_names(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("one")
+    first = text_source(tmp_path / "*.txt").identity
+    (tmp_path / "a.txt").write_text("two")
+    second = text_source(tmp_path / "*.txt").identity
+    (tmp_path / "a.txt").rename(tmp_path / "b.txt")
+    third = text_source(tmp_path / "*.txt").identity
+    assert first != second != third
+    (tmp_path / "moved").mkdir()
+    (tmp_path / "b.txt").rename(tmp_path / "moved" / "b.txt")
+    assert text_source(tmp_path / "moved" / "b.txt").identity == third  # the same text elsewhere is the same text
+
+
+def test_what_a_document_is(tmp_path: Path) -> None:
+    (tmp_path / "t.txt").write_text("one\n\n  \ntwo\x0c\u2028more\n")
+    assert list(text_source(tmp_path / "t.txt").documents()) == ["one\n\n  \ntwo\x0c\u2028more\n"]
+    lines = text_source(tmp_path / "t.txt", document="line")
+    assert list(lines.documents()) == ["one", "two\x0c\u2028more"]
+    assert lines.mended.empty == 2
+    rows = write_lines(tmp_path / "t.jsonl", {"text": "a\nb", "n": 1}, {"text": None}, {"text": "c"})
+    assert list(text_source(rows).documents()) == ["a\nb", "c"]
+    assert list(text_source(rows, max_documents=1).documents()) == ["a\nb"]
+    table = pyarrow.table({"body": ["x", None, "yé"], "n": [1, 2, 3]})
+    pyarrow.parquet.write_table(table, tmp_path / "t.parquet", row_group_size=1)
+    assert list(text_source(tmp_path / "t.parquet", text_field="body").documents()) == ["x", "yé"]
+
+
+def test_auto_split(tmp_path: Path) -> None:
+    for number in range(FEW_FILES):
+        (tmp_path / f"{number}.txt").write_text("x")
+    assert text_source(tmp_path / "*.txt").split == "documents"
+    (tmp_path / "0.txt").unlink()
+    assert text_source(tmp_path / "*.txt").split == "tail"
+    assert text_source(tmp_path / "*.txt", split="documents").split == "documents"
+    assert text_source(tmp_path / "*.txt", document="line").split == "documents"
+
+
+def test_invalid_bytes_crlf_and_marks_are_mended_and_counted(tmp_path: Path) -> None:
+    # A lone continuation byte, a cut-off euro sign (two bytes), a surrogate in CESU-8 (three): six invalid bytes.
+    raw = (
+        b"\xef\xbb\xbfgood text, long enough\r\n" * 1 + b"a\x80b" + b"\xe2\x82" + b"\xed\xa0\x80" + b"z\r\n" + b"." * 99
+    )
+    (tmp_path / "t.txt").write_bytes(raw)
+    source = text_source(tmp_path / "t.txt")
+    for _ in range(2):  # counts are of the last reading, not of all
+        (text,) = source.documents()
+        assert text == "good text, long enough\na\ufffdb" + "\ufffd" * 5 + "z\n" + "." * 99
+        assert (source.mended.invalid, source.mended.crlf, source.mended.marks) == (6, 2, 1)
+    assert "6 invalid bytes" in source.mended.summary() and "2 CRLF" in source.mended.summary()
+    lonely = tmp_path / "t.jsonl"
+    lonely.write_bytes(b'\xef\xbb\xbf{"text": "a\\ud800b\\r\\n"}\n')
+    source = text_source(lonely)
+    assert list(source.documents()) == ["a\ufffdb\n"]
+    assert (source.mended.invalid, source.mended.crlf, source.mended.marks) == (1, 1, 1)
+
+
+def test_binary_files_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "nul.txt").write_bytes(b"text\0text")
+    (tmp_path / "noise.txt").write_bytes(b"abcdefgh\xff\xfe")
+    (tmp_path / "wide.txt").write_bytes("some text".encode("utf-16"))
+    for name, says in (("nul.txt", "byte 4 is NUL"), ("noise.txt", "2 of 10 bytes"), ("wide.txt", "NUL")):
+        message = refusal(tmp_path / name)
+        assert name in message and says in message and "data.path" in message
+    (tmp_path / "noise.txt").write_bytes(b"abcdefghi\xff")  # a tenth is still text
+    assert list(text_source(tmp_path / "noise.txt").documents()) == ["abcdefghi\ufffd"]
+
+
+def test_paths_that_hold_nothing_are_refused_with_a_way_out(tmp_path: Path) -> None:
+    (tmp_path / "book.txt").write_text("x")
+    assert "directory" in refusal(tmp_path) and "*.txt" in refusal(tmp_path)
+    assert "did you mean" in refusal(tmp_path / "bok.txt") and "book.txt" in refusal(tmp_path / "bok.txt")
+    assert "no file matches" in refusal(tmp_path / "*.md")
+    os.mkfifo(tmp_path / "pipe")
+    assert "not a regular file" in refusal(tmp_path / "pipe")
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/mem"), reason="needs Linux")
+def test_a_file_that_cannot_be_read_is_refused() -> None:
+    assert "cannot read /proc/self/mem" in refusal("/proc/self/mem")
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
+def test_a_file_without_read_permission_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "t.txt").write_text("x")
+    (tmp_path / "t.txt").chmod(0)
+    assert "t.txt" in refusal(tmp_path / "t.txt") and "permission" in refusal(tmp_path / "t.txt")
+
+
+def test_rows_that_hold_no_text_are_refused_with_file_and_line(tmp_path: Path) -> None:
+    rows = tmp_path / "t.jsonl"
+    rows.write_text('{"text": "fine"}\n\n{"text": "torn\n')
+    assert "t.jsonl, line 3 is not JSON" in refusal(rows)
+    write_lines(rows, {"body": "x", "title": "y"})
+    assert "line 1 has no field 'text'" in refusal(rows) and "'body', 'title'" in refusal(rows)
+    write_lines(rows, {"text": 3})
+    assert "line 1 is not text but int" in refusal(rows)
+    write_lines(rows, ["text"])
+    assert "not a JSON object" in refusal(rows)
+    assert "data.document=line" in refusal(rows, document="line")
+    (tmp_path / "t.txt").write_text("x")
+    assert "data.document=field" in refusal(tmp_path / "t.txt", document="field")
+    (tmp_path / "t.parquet").write_text("not parquet")
+    assert "parquet" in refusal(tmp_path / "t.parquet")
+    pyarrow.parquet.write_table(pyarrow.table({"n": [1]}), tmp_path / "t.parquet")
+    assert "its fields are 'n'" in refusal(tmp_path / "t.parquet")
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_local_dataset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, streaming: bool) -> None:
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
+    directory = tmp_path / "rows"
+    directory.mkdir()
+    write_lines(directory / "a.jsonl", {"text": "one\r\n", "n": 1}, {"text": "", "n": 2}, {"text": "two", "n": 3})
+    (directory / "evil.pkl").write_bytes(b"cos\nsystem\n(S'false'\ntR.")
+    knobs = {"corpus": "huggingface", "path": str(directory), "streaming": streaming}
+    source = open_source(Data(**knobs))
+    assert list(source.documents()) == ["one\n", "two"] == list(source.documents())
+    assert (source.split, source.mended.crlf, source.mended.empty) == ("documents", 1, 1)
+    assert list(open_source(Data(**knobs, max_documents=1)).documents()) == ["one\n"]
+    with pytest.raises(BadInput, match=r"no field 'body'; its fields are 'text', 'n'"):
+        list(open_source(Data(**knobs, text_field="body")).documents())
+    with pytest.raises(BadInput, match="source_split"):
+        list(open_source(Data(**knobs, source_split="nowhere")).documents())
+    write_lines(directory / "a.jsonl", {"text": "three", "n": 1})
+    assert open_source(Data(**knobs)).identity != source.identity
+
+
+def test_transform(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    module = tmp_path / "shouting.py"
+    module.write_text(
+        "def loud(text): return text.upper()\n"
+        "def halves(text): return [text[:2], '', text[2:]]\n"
+        "def wrong(text): return 3\n"
+        "def broken(text): return 1 / 0\n"
+    )
+    (tmp_path / "t.txt").write_text("abcd")
+    before = list(sys.path)
+
+    def texts(name: str) -> list[str]:
+        source = text_source(tmp_path / "t.txt", transform=name)
+        return [text for document in source.documents() for text in source.transformed(document)]
+
+    assert texts("shouting:loud") == ["ABCD"]
+    assert texts("shouting:halves") == ["ab", "cd"]
+    assert sys.path == before
+    for name, says in (
+        ("shouting:wrong", "not int"),
+        ("shouting:broken", "ZeroDivisionError.*shouting.py:4"),
+        ("shouting:missing", "no function 'missing'"),
+        ("no_such_module:f", "cannot import no_such_module"),
+        ("math:sqrt", "no Python source"),
+    ):
+        with pytest.raises(BadInput, match=says):
+            texts(name)
+    identity = text_source(tmp_path / "t.txt", transform="shouting:loud").identity
+    module.write_text(module.read_text() + "# changed\n")
+    import linecache
+
+    linecache.checkcache()
+    assert text_source(tmp_path / "t.txt", transform="shouting:loud").identity != identity
+
+
+def test_short_names() -> None:
+    assert short_name("a/books/*.txt") == "books"
+    assert short_name("roneneldan/TinyStories") == "TinyStories"
+    assert short_name("/x/my book (1).txt") == "my-book-1"
+    assert short_name("../**") == ""

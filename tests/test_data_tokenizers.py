@@ -1,0 +1,177 @@
+"""Tokenizers: text comes back as it went in, in pieces or whole, and text is never taken for a command."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import pytest
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+
+from config import BadInput, Data
+from data.sources import open_source
+from data.tokenizers import (
+    PIECE,
+    byte_tokenizer,
+    cuts_cleanly,
+    encode_documents,
+    end_of_text,
+    load_tokenizer,
+    pieces,
+    plain,
+    tokenizer_identity,
+    train_bpe,
+    vocabulary_size,
+    without_prefix,
+)
+
+STRANGE = [
+    "plain",
+    " leading space and trailing \n\n",
+    "<|endoftext|> is text here<|endoftext|>",
+    "naïve façade 日本語 🙂🏽 e\u0301 \u2028 \x00 \x0c\t  \ufffd \ufeff",
+    "it's   42,000!!\n\n\n\tx = {'a': [1, 2]}\n",
+    "\n",
+    "",
+]
+
+
+@pytest.fixture(scope="module")
+def library() -> list[str]:
+    return list(open_source(Data(max_documents=60)).documents())
+
+
+@pytest.fixture(scope="module")
+def bpe(library: list[str]) -> Tokenizer:
+    return train_bpe(library, 1000)
+
+
+def sentencepiece_like(documents: list[str]) -> Tokenizer:
+    """As Llama 2 has it: a space before the text, spaces as ▁, an end-of-text of another name."""
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("▁", "merged_with_next")
+    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    tokenizer.train_from_iterator(documents, trainers.BpeTrainer(vocab_size=500, special_tokens=["<unk>", "</s>"]))
+    tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    return tokenizer
+
+
+def test_byte_ids_are_the_bytes() -> None:
+    tokenizer = byte_tokenizer()
+    assert (vocabulary_size(tokenizer), end_of_text(tokenizer)) == (257, 256)
+    for text, ids in zip(STRANGE, encode_documents(tokenizer, STRANGE), strict=True):
+        assert ids.tolist() == list(text.encode())
+        assert tokenizer.decode(ids.tolist(), skip_special_tokens=False) == text
+    assert tokenizer.decode([65, 256], skip_special_tokens=False) == "A<|endoftext|>"
+
+
+def test_bpe_round_trip_and_size(bpe: Tokenizer) -> None:
+    assert (vocabulary_size(bpe), end_of_text(bpe)) == (1000, 0)
+    for text, ids in zip(STRANGE, encode_documents(bpe, STRANGE), strict=True):
+        assert bpe.decode(ids.tolist(), skip_special_tokens=False) == text
+        assert 0 not in ids  # text never becomes the end-of-text token
+    assert len(next(iter(encode_documents(bpe, ["import sys\n"])))) < 8
+
+
+def test_bpe_is_deterministic_and_small_texts_give_fewer_entries(library: list[str], bpe: Tokenizer) -> None:
+    assert train_bpe(library, 1000).to_str() == bpe.to_str()
+    assert vocabulary_size(train_bpe(["abab"], 1000)) < 300
+
+
+def test_settings_survive_the_file(bpe: Tokenizer, tmp_path: Path) -> None:
+    bpe.save(str(tmp_path / "tokenizer.json"))
+    for knob in (tmp_path, tmp_path / "tokenizer.json"):
+        again = load_tokenizer(str(knob))
+        for text in STRANGE:
+            assert next(encode_documents(again, [text])).tolist() == next(encode_documents(bpe, [text])).tolist()
+
+
+def prose(words: int, separators: list[str]) -> str:
+    chance = random.Random(0)
+    vocabulary = ["the", "it's", "1234", "x.y", "(a)", "Übung", "日本", "--", "we'll", "I"]
+    return "".join(chance.choice(vocabulary) + chance.choice(separators) for _ in range(words))
+
+
+@pytest.mark.parametrize(
+    "separators", [[" ", "\n"], [" ", "\n\n", "  "], ["\n    ", "\n\n", "\n\t"], [" "], [" ", " \n", "\n \n", "\n\n\n"]]
+)
+def test_tokens_in_pieces_equal_tokens_in_one_piece(library: list[str], bpe: Tokenizer, separators: list[str]) -> None:
+    text = prose(60_000, separators)
+    assert len(text) > 3 * PIECE
+    for tokenizer in (bpe, plain(sentencepiece_like(library[:5]))):
+        whole = tokenizer.encode(text, add_special_tokens=False).ids
+        assert next(encode_documents(tokenizer, [text])).tolist() == whole
+
+
+def test_code_in_pieces_equals_code_in_one_piece(library: list[str], bpe: Tokenizer) -> None:
+    text = "".join(library)
+    (ids,) = encode_documents(bpe, [text])
+    assert ids.tolist() == bpe.encode(text, add_special_tokens=False).ids
+
+
+def test_pieces_are_bounded_and_lose_nothing() -> None:
+    for text in (prose(40_000, [" "]), "x" * 300_000, " " * 200_001, "\n" * 70_000, "a\n" * 50_000, "é", ""):
+        parts = list(pieces(text))
+        assert "".join(parts) == text
+        assert all(0 < len(part) <= PIECE for part in parts)
+        assert len(parts) <= 2 * len(text) / PIECE + 1
+    assert list(pieces("one two\nthree\n\nfour", 8)) == ["one two\n", "three", "\n\nfour"]
+
+
+def test_documents_keep_their_order_and_borders(bpe: Tokenizer) -> None:
+    documents = [prose(n, [" ", "\n"]) for n in (0, 1, 50_000, 3, 0, 200_000, 2)]
+    arrays = list(encode_documents(bpe, iter(documents)))
+    assert [bpe.decode(ids.tolist(), skip_special_tokens=False) for ids in arrays] == documents
+    assert list(encode_documents(bpe, [])) == []
+
+
+def test_a_foreign_tokenizer(library: list[str], tmp_path: Path) -> None:
+    tokenizer = sentencepiece_like(library[:5])
+    tokenizer.enable_truncation(4)
+    tokenizer.enable_padding(length=9)
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    loaded = load_tokenizer(str(tmp_path))
+    assert end_of_text(loaded) == 1
+    assert cuts_cleanly(loaded, without_prefix(loaded)) and not cuts_cleanly(loaded, loaded)
+    ids = next(encode_documents(loaded, ["import os and </s> more"])).tolist()
+    assert len(ids) > 4 and 1 not in ids  # neither cut, nor padded, nor ended by the post-processor
+    assert loaded.decode(ids, skip_special_tokens=False).startswith("import os and ")
+
+
+def test_an_ordinary_end_of_text_becomes_special(tmp_path: Path) -> None:
+    tokenizer = byte_tokenizer()
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    file = tmp_path / "tokenizer.json"
+    assert '"special": true' in file.read_text()
+    file.write_text(file.read_text().replace('"special": true', '"special": false'))
+    text = "a<|endoftext|>"
+    assert next(encode_documents(load_tokenizer(str(file)), [text])).tolist() == list(text.encode())
+
+
+def test_tokenizers_that_do_not_serve_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refusal(knob: object) -> str:
+        with pytest.raises(BadInput) as caught:
+            load_tokenizer(str(knob))
+        return str(caught.value)
+
+    assert "no tokenizer file" in refusal(tmp_path)
+    assert "no tokenizer file" in refusal(tmp_path / "mine.json")
+    (tmp_path / "bad.json").write_text("{}")
+    assert "bad.json" in refusal(tmp_path / "bad.json") and "tokenizers library" in refusal(tmp_path / "bad.json")
+    (tmp_path / "bad.pkl").write_bytes(b"cos\nsystem\n(S'false'\ntR.")
+    assert "bad.pkl" in refusal(tmp_path / "bad.pkl")
+    endless = Tokenizer(models.BPE(vocab={"a": 0}, merges=[]))
+    endless.save(str(tmp_path / "endless.json"))
+    assert "end-of-text" in refusal(tmp_path / "endless.json")
+    assert "network" in refusal("not a/valid/name on any hub")
+
+
+def test_identity_of_a_tokenizer(tmp_path: Path) -> None:
+    assert tokenizer_identity("byte", 300) == tokenizer_identity("byte", 400)
+    assert tokenizer_identity("bpe", 300) != tokenizer_identity("bpe", 400)
+    byte_tokenizer().save(str(tmp_path / "tokenizer.json"))
+    before = tokenizer_identity(str(tmp_path), 300)
+    assert before == tokenizer_identity(str(tmp_path / "tokenizer.json"), 400)
+    (tmp_path / "tokenizer.json").write_text((tmp_path / "tokenizer.json").read_text() + " ")
+    assert tokenizer_identity(str(tmp_path), 300) != before

@@ -1,0 +1,158 @@
+"""The objective against float64 references, torch's own functions and numbers worked by hand."""
+
+from __future__ import annotations
+
+import math
+from itertools import product
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from config import Regularizers
+from regularizers import objective as module
+from regularizers.objective import objective
+
+N, D, V = 37, 16, 53
+ALL = Regularizers(label_smoothing=0.1, z_loss=1e-2, entropy_penalty=0.3)
+
+
+def drawn(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(N, D, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
+    weight = torch.randn(V, D, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
+    return hidden, weight, torch.randint(0, V, (N,), generator=generator)
+
+
+def reference(hidden: Tensor, weight: Tensor, target: Tensor, knobs: Regularizers, n: float) -> dict[str, Tensor]:
+    """From the definitions, through log_softmax and an explicit target distribution."""
+    log_p = (hidden @ weight.T).log_softmax(-1)
+    valid = (target >= 0).to(log_p.dtype)
+    one_hot = F.one_hot(target.clamp(min=0), V).to(log_p.dtype)
+    smoothed = one_hot * (1 - knobs.label_smoothing) + (1 - one_hot) * knobs.label_smoothing / (V - 1)
+    cross = -(smoothed * log_p).sum(-1)
+    z = knobs.z_loss * torch.logsumexp(hidden @ weight.T, -1) ** 2
+    entropy = torch.distributions.Categorical(logits=log_p).entropy()
+    mean = {
+        "objective": cross + z - knobs.entropy_penalty * entropy,
+        "loss": -(one_hot * log_p).sum(-1),
+        "z_loss": z,
+        "entropy": entropy if knobs.entropy_penalty else torch.zeros(N),
+    }
+    return {name: (value * valid).sum() / n for name, value in mean.items()}
+
+
+@pytest.mark.parametrize("smoothing,z,beta", list(product((0.0, 0.1), (0.0, 1e-2), (0.0, 0.3))))
+@pytest.mark.parametrize("chunk", [64 * V, 2**24])
+def test_every_combination_equals_its_float64_reference(
+    smoothing: float, z: float, beta: float, chunk: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(module.CHUNK_NUMBERS, "cpu", chunk)
+    knobs = Regularizers(label_smoothing=smoothing, z_loss=z, entropy_penalty=beta)
+    hidden, weight, target = drawn()
+    target[5] = -1
+    exact = [hidden.detach().double().requires_grad_(), weight.detach().double().requires_grad_()]
+    expected = reference(*exact, target, knobs, 40.0)
+    found = objective(hidden, weight, target, knobs, 40.0)
+    for name, value in expected.items():
+        assert found[name].item() == pytest.approx(value.item(), rel=1e-6), name
+    for ours, theirs in zip(
+        torch.autograd.grad(found["objective"], [hidden, weight]),
+        torch.autograd.grad(expected["objective"], exact),
+        strict=True,
+    ):
+        assert ((ours.double() - theirs).norm() / theirs.norm()).item() <= 1e-5
+
+
+def test_gradcheck() -> None:
+    generator = torch.Generator().manual_seed(1)
+    hidden = torch.randn(7, 5, generator=generator, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(11, 5, generator=generator, dtype=torch.float64, requires_grad=True)
+    target = torch.tensor([0, 3, -1, 10, 2, 2, 5])
+    assert torch.autograd.gradcheck(lambda h, w: objective(h, w, target, ALL, 6.0)["objective"], (hidden, weight))
+
+
+def test_plain_cross_entropy_is_torchs() -> None:
+    hidden, weight, target = drawn()
+    expected = F.cross_entropy(hidden @ weight.T, target)
+    assert objective(hidden, weight, target, Regularizers(), N)["objective"].item() == pytest.approx(expected.item())
+
+
+def test_smoothing_is_torchs_through_the_conversion() -> None:
+    """Ours puts ε/(K−1) on the others, torch ε/K on all: ε_torch = ε·K/(K−1)."""
+    hidden, weight, target = drawn(torch.float64)
+    expected = F.cross_entropy(hidden @ weight.T, target, label_smoothing=0.1 * V / (V - 1))
+    found = objective(hidden, weight, target, Regularizers(label_smoothing=0.1), N)["objective"]
+    assert found.item() == pytest.approx(expected.item(), rel=1e-12)
+
+
+def test_numbers_of_the_literature() -> None:
+    """At uniform logits over GPT-2's vocabulary: cross-entropy ln V = 10.825, z-loss of 1e-4 0.0117, entropy ln V."""
+    hidden, weight = torch.zeros(2, 4), torch.zeros(50257, 4)
+    target = torch.tensor([3, 50256])
+    found = objective(hidden, weight, target, Regularizers(z_loss=1e-4, entropy_penalty=0.5), 2)
+    assert found["loss"].item() == pytest.approx(10.8249, abs=1e-4)
+    assert found["z_loss"].item() == pytest.approx(0.0117, abs=1e-4)
+    assert found["entropy"].item() == pytest.approx(10.8249, abs=1e-4)
+    assert found["objective"].item() == pytest.approx(10.8249 + 0.0117 - 0.5 * 10.8249, abs=1e-3)
+
+
+def test_floor_of_label_smoothing() -> None:
+    """The smallest smoothed loss at ε = 0.1, K = 50257 is 1.408 nats: the entropy of the smoothed target."""
+    epsilon, k = 0.1, 50257
+    best = torch.full((1, k), math.log(epsilon / (k - 1)))
+    best[0, 7] = math.log(1 - epsilon)
+    found = objective(torch.ones(1, 1), best.T.contiguous(), torch.tensor([7]), Regularizers(label_smoothing=0.1), 1)
+    assert found["objective"].item() == pytest.approx(1.408, abs=1e-3)
+
+
+def test_micro_batches_sum_to_the_step() -> None:
+    """Divided by the step's count of targets, parts add up to the whole even when they are of unequal size."""
+    hidden, weight, target = drawn(torch.float64)
+    target[:9] = -1
+    n = float((target >= 0).sum())
+    whole = objective(hidden, weight, target, ALL, n)["objective"]
+    parts = [
+        objective(hidden[part], weight, target[part], ALL, n)["objective"] for part in (slice(0, 11), slice(11, N))
+    ]
+    assert (parts[0] + parts[1]).item() == pytest.approx(whole.item(), rel=1e-12)
+
+
+def test_bf16_products_stay_near() -> None:
+    hidden, weight, target = drawn()
+    exact = objective(hidden, weight, target, ALL, N)["objective"]
+    found = objective(hidden.bfloat16(), weight, target, ALL, N)["objective"]
+    assert found.dtype == torch.float32
+    assert found.item() == pytest.approx(exact.item(), rel=2e-2)
+    assert torch.autograd.grad(found, weight)[0].dtype == torch.float32
+
+
+def test_large_logits_stay_finite() -> None:
+    hidden, weight, target = drawn()
+    found = objective(hidden.detach() * 1e4, weight, target, ALL, N)
+    assert all(bool(value.isfinite()) for value in found.values())
+
+
+def test_memory_is_that_of_a_chunk() -> None:
+    """The logits of all tokens never exist: with 2,048 tokens and 20,000 entries they alone would be 164 MB."""
+    import resource
+    import subprocess
+    import sys
+
+    code = """
+import resource, torch
+from config import Regularizers
+from regularizers import objective as module
+module.CHUNK_NUMBERS["cpu"] = 64 * 20000
+torch.set_num_threads(1)
+hidden, weight = torch.randn(2048, 64, requires_grad=True), torch.randn(20000, 64, requires_grad=True)
+target = torch.randint(0, 20000, (2048,))
+knobs = Regularizers(label_smoothing=0.1, z_loss=1e-4, entropy_penalty=0.1)
+module.objective(hidden[:64], weight, target[:64], knobs, 64.0)["objective"].backward()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+module.objective(hidden, weight, target, knobs, 2048.0)["objective"].backward()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+    grown = int(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
+    assert resource.RUSAGE_SELF == 0 and grown < 40_000  # kilobytes

@@ -1,0 +1,236 @@
+"""A run from the command line to its directory: real files, real processes, real signals."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import ROOT, made_up_text
+
+from training.checkpoint import existing, read_state
+from training.tracking import read_metrics
+
+Train = Callable[..., subprocess.CompletedProcess[str]]
+Flags = Callable[..., list[str]]
+
+DROPOUT = {f"regularizers__{name}_dropout": 0.2 for name in ("embedding", "attention", "residual", "mlp")}
+
+
+def weights(run: Path, step: int | None = None) -> str:
+    """The sha256 of the model's bytes at the last (or a given) step."""
+    checkpoints = {int(path.name[5:]): path for path in existing(run / "checkpoints")}
+    path = checkpoints[max(checkpoints) if step is None else step]
+    return hashlib.sha256((path / "model.safetensors").read_bytes()).hexdigest()
+
+
+def numbers(run: Path) -> list[dict[str, Any]]:
+    """The metrics of a run, times aside."""
+    records = read_metrics(run)
+    return [{key: value for key, value in record.items() if "per_second" not in key} for record in records]
+
+
+@pytest.fixture(scope="session")
+def reference(tmp_path_factory: pytest.TempPathFactory, text_file: Path) -> Path:
+    """The run of ``tiny(**DROPOUT)``, left alone from start to end."""
+    from conftest import TINY
+
+    directory = tmp_path_factory.mktemp("reference")
+    knobs = TINY | {"data.path": str(text_file), "run.dir": "runs", "run.name": "tiny"}
+    knobs |= {key.replace("__", "."): str(value) for key, value in DROPOUT.items()}
+    flags = [f"--{key}={value}" for key, value in knobs.items()]
+    subprocess.run([sys.executable, str(ROOT / "train.py"), *flags], cwd=directory, check=True, capture_output=True)
+    return directory / "runs/tiny"
+
+
+def test_what_a_run_leaves(train: Train, tiny: Flags, tmp_path: Path) -> None:
+    ended = train(tiny(data__test_fraction=0.05))
+    assert ended.returncode == 0, ended.stderr
+    run = tmp_path / "runs/tiny"
+    for word in ("best val loss", "bits per byte", "tokens per second", "test loss", "sample", str(run), "curves.png"):
+        assert word in ended.stdout, word
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["status"] == "finished" and summary["steps"] == 24
+    assert summary["tokens"] == 24 * 8 * 32
+    for key in ("best/val/loss", "final/val/loss", "test/loss", "tokens_per_second", "hardware", "versions"):
+        assert key in summary
+    records = read_metrics(run)
+    assert [record["step"] for record in records] == [1, 4, 8, 12, 16, 20, 24]
+    assert all({"step", "tokens", "epoch"} <= record.keys() for record in records)
+    evaluated = records[-1]
+    names = {"loss", "perplexity", "bits_per_byte", "accuracy", "ece", "brier", "entropy", "log_z"}
+    assert {f"val/{name}" for name in names} | {"gap/loss", "train/loss", "train/objective"} <= evaluated.keys()
+    assert evaluated["val/loss"] < 4.5 < records[0]["train/loss"]
+    for name in ("curves.png", "samples.txt", "config.yaml", "best.json", "last.json", "tokenizer.json"):
+        assert (run / name).stat().st_size > 0
+    assert (run / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert json.loads((run / "last.json").read_text())["checkpoint"] == "step_00000024"
+    again = train(tiny(data__test_fraction=0.05))
+    assert again.returncode == 0 and "finished already" in again.stdout
+
+
+@pytest.mark.parametrize("step", [9, 16, 21])
+def test_killed_and_started_again_it_ends_the_same(
+    step: int, reference: Path, train: Train, tiny: Flags, tmp_path: Path
+) -> None:
+    """kill -9 once metrics.jsonl shows a step, then the same command: same model bytes, same metrics."""
+    flags = tiny(tracking__log_every=1, checkpoint__every=5, **DROPOUT)
+    run = tmp_path / "runs/tiny"
+    process = subprocess.Popen([sys.executable, str(ROOT / "train.py"), *flags], cwd=tmp_path, stdout=subprocess.PIPE)
+    deadline = time.monotonic() + 90
+    while time.monotonic() < deadline and process.poll() is None:
+        if any(record["step"] >= step for record in read_metrics(run)):
+            process.send_signal(signal.SIGKILL)
+            break
+        time.sleep(0.002)
+    assert process.wait() == -signal.SIGKILL
+    assert json.loads((run / "summary.json").read_text())["status"] == "running"
+    ended = train(flags)
+    assert ended.returncode == 0 and "goes on from step" in ended.stdout, ended.stderr
+    assert weights(run) == weights(reference)
+    ours = [record for record in numbers(run) if record["step"] in {1, 4, 8, 12, 16, 20, 24}]
+    assert ours == numbers(reference)
+    assert [record["step"] for record in numbers(run)] == list(range(1, 25))
+
+
+def test_asked_to_stop_it_saves_and_goes_on_the_same(
+    reference: Path, train: Train, tiny: Flags, tmp_path: Path
+) -> None:
+    flags = tiny(**DROPOUT)
+    run = tmp_path / "runs/tiny"
+    process = subprocess.Popen([sys.executable, str(ROOT / "train.py"), *flags], cwd=tmp_path, stdout=subprocess.PIPE)
+    while not read_metrics(run) and process.poll() is None:
+        time.sleep(0.002)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=60) == 3
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["status"] == "preempted" and 1 <= summary["steps"] < 24
+    assert read_state(existing(run / "checkpoints")[0])["step"] == summary["steps"]
+    assert train(flags).returncode == 0
+    assert weights(run) == weights(reference) and numbers(run) == numbers(reference)
+
+
+def test_watching_changes_no_weight(reference: Path, train: Train, tiny: Flags, tmp_path: Path) -> None:
+    """How often it evaluates, logs or saves leaves every bit of the weights alone."""
+    changes = {"evaluation__every": 5, "tracking__log_every": 1, "checkpoint__every": 7, "checkpoint__keep": 5}
+    assert train(tiny(**DROPOUT, **changes)).returncode == 0
+    assert weights(tmp_path / "runs/tiny", 24) == weights(reference, 24)
+
+
+def test_a_changed_config_is_refused_and_nothing_is_touched(train: Train, tiny: Flags, tmp_path: Path) -> None:
+    assert train(tiny(training__max_steps=3)).returncode == 0
+    run = tmp_path / "runs/tiny"
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file() and path.name != "lock"}
+    refused = train(tiny(training__max_steps=3, optimizer__lr=0.5, run__seed=1))
+    assert refused.returncode == 2 and "Traceback" not in refused.stderr
+    assert "optimizer.lr: the run has 0.002, asked for is 0.5" in refused.stderr and "run.seed" in refused.stderr
+    assert before == {path: path.read_bytes() for path in run.rglob("*") if path.is_file() and path.name != "lock"}
+    # What only watches the run may change.
+    assert train(tiny(training__max_steps=3, tracking__log_every=7, checkpoint__every=2)).returncode == 0
+
+
+def test_starting_afresh_moves_the_old_run_aside(train: Train, tiny: Flags, tmp_path: Path) -> None:
+    assert train(tiny(training__max_steps=2)).returncode == 0
+    assert train(tiny(training__max_steps=3, run__resume="never")).returncode == 0
+    runs = sorted(path.name for path in (tmp_path / "runs").iterdir())
+    assert runs == ["tiny", "tiny.previous-1"]
+
+
+def test_a_damaged_newest_checkpoint_is_told_and_the_one_before_is_used(
+    reference: Path, train: Train, tiny: Flags, tmp_path: Path
+) -> None:
+    flags = tiny(**DROPOUT)
+    assert train(flags).returncode == 0
+    run = tmp_path / "runs/tiny"
+    os.truncate(run / "checkpoints/step_00000024/model.safetensors", 100)
+    summary = json.loads((run / "summary.json").read_text())
+    (run / "summary.json").write_text(json.dumps(summary | {"status": "running"}))
+    ended = train(flags)
+    assert ended.returncode == 0 and "step_00000024/model.safetensors has 100 bytes" in ended.stderr
+    assert "goes on from step 16" in ended.stdout
+    assert weights(run) == weights(reference) and numbers(run) == numbers(reference)
+
+
+def test_other_data_under_the_same_name_are_refused(train: Train, tiny: Flags, tmp_path: Path) -> None:
+    text = tmp_path / "mine.txt"
+    text.write_text(made_up_text(5000, seed=1))
+    flags = tiny(data__path=text, training__max_steps=3)
+    assert train(flags).returncode == 0
+    text.write_text(made_up_text(5000, seed=2))
+    summary = tmp_path / "runs/tiny/summary.json"
+    summary.write_text(summary.read_text().replace("finished", "running"))
+    refused = train(flags)
+    assert refused.returncode == 2 and "was trained on the corpus" in refused.stderr
+
+
+def test_an_edited_shard_is_refused(train: Train, tiny: Flags, tmp_path: Path) -> None:
+    assert train(tiny(training__max_steps=1)).returncode == 0
+    shard = next((tmp_path / "corpora").glob("*/train-00000.safetensors"))
+    content = bytearray(shard.read_bytes())
+    content[-100] ^= 1
+    shard.chmod(0o644)
+    shard.write_bytes(content)
+    refused = train(tiny(training__max_steps=1, run__name="other"))
+    assert refused.returncode == 2 and "train-00000.safetensors" in refused.stderr and "delete" in refused.stderr
+
+
+@pytest.mark.parametrize(
+    ("content", "word"),
+    [("", "empty"), ("too short " * 20, "model.context_length"), (None, "missing.txt")],
+)
+def test_bad_text(content: str | None, word: str, train: Train, tiny: Flags, tmp_path: Path) -> None:
+    path = tmp_path / "missing.txt"
+    if content is not None:
+        path.write_text(content)
+    refused = train(tiny(data__path=path, model__context_length=256))
+    assert refused.returncode == 2 and "Traceback" not in refused.stderr and word in refused.stderr
+
+
+def test_invalid_utf8_is_replaced_counted_and_told(train: Train, tiny: Flags, tmp_path: Path) -> None:
+    path = tmp_path / "broken.txt"
+    path.write_bytes(made_up_text(5000).encode()[:2500] + b"\xff\xfe" + made_up_text(5000).encode())
+    ended = train(tiny(data__path=path, training__max_steps=1))
+    assert ended.returncode == 0 and "2 invalid" in ended.stdout
+
+
+def test_two_runs_in_one_directory(train: Train, tiny: Flags, tmp_path: Path) -> None:
+    flags = tiny(training__max_steps=100000)
+    process = subprocess.Popen([sys.executable, str(ROOT / "train.py"), *flags], cwd=tmp_path, stdout=subprocess.PIPE)
+    run = tmp_path / "runs/tiny"
+    while not read_metrics(run) and process.poll() is None:
+        time.sleep(0.01)
+    refused = train(flags)
+    assert refused.returncode == 2 and f"process {process.pid} on " in refused.stderr
+    process.kill()
+    process.wait()
+    again = subprocess.Popen([sys.executable, str(ROOT / "train.py"), *flags], cwd=tmp_path, stdout=subprocess.PIPE)
+    before = len(read_metrics(run))
+    while len(read_metrics(run)) <= before and again.poll() is None:
+        time.sleep(0.01)
+    assert again.poll() is None  # the lock was freed by kill -9
+    again.kill()
+    again.wait()
+
+
+def test_start_from_the_weights_of_another_run(reference: Path, train: Train, tiny: Flags, tmp_path: Path) -> None:
+    ended = train(tiny(run__init_from=reference, training__max_steps=1, optimizer__lr=1e-9))
+    assert ended.returncode == 0, ended.stderr
+    first, last = read_metrics(tmp_path / "runs/tiny")[0], read_metrics(reference)[-1]
+    assert first["val/loss"] == pytest.approx(last["val/loss"], abs=1e-4)
+    refused = train(tiny(run__init_from=reference, run__name="other", model__n_layers=3))
+    assert refused.returncode == 2 and "n_layers" in refused.stderr
+
+
+def test_a_gradient_that_is_not_finite_changes_nothing(train: Train, tiny: Flags, tmp_path: Path) -> None:
+    """At an absurd learning rate the loss overflows: steps are skipped, counted, and the run gives up by itself."""
+    ended = train(tiny(optimizer__lr=1e30, training__max_nonfinite=3, schedule__name="constant"))
+    assert ended.returncode == 4 and "3 in a row" in ended.stderr
+    assert json.loads((tmp_path / "runs/tiny/summary.json").read_text())["status"] == "failed"

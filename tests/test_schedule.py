@@ -1,0 +1,59 @@
+"""Schedules against numbers worked by hand."""
+
+from __future__ import annotations
+
+import math
+from itertools import pairwise
+
+import pytest
+
+from config import Schedule
+from training.schedule import learning_rate_ratio, warmup_steps
+
+
+def rates(name: str, total: int = 11, **knobs: object) -> list[float]:
+    config = Schedule.model_validate({"name": name, "warmup_steps": 0, "min_lr_ratio": 0.1, **knobs})
+    return [learning_rate_ratio(config, step, total) for step in range(total)]
+
+
+def test_warmup_cosine() -> None:
+    found = rates("warmup_cosine", total=15, warmup_steps=4)
+    assert found[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
+    assert found[9] == pytest.approx(0.55)  # half way down from 1 to 0.1
+    assert found[-1] == pytest.approx(0.1)
+    assert found[5] == pytest.approx(0.1 + 0.45 * (1 + math.cos(math.pi / 10)))
+
+
+def test_cosine_ignores_warmup() -> None:
+    found = rates("cosine", warmup_steps=5)
+    assert (found[0], found[5], found[10]) == pytest.approx((1.0, 0.55, 0.1))
+
+
+def test_wsd_stays_then_falls_in_a_line() -> None:
+    found = rates("wsd", total=101, decay_fraction=0.2, min_lr_ratio=0.0)
+    assert found[:80] == [1.0] * 80
+    assert found[-1] == pytest.approx(0.0)
+    steps = [a - b for a, b in pairwise(found[80:])]
+    assert steps == pytest.approx([steps[0]] * len(steps))
+
+
+def test_one_cycle_rises_and_falls_along_cosines() -> None:
+    found = rates("one_cycle", total=21, warmup_steps=10)
+    assert found[10] == pytest.approx(1.0) and found[15] == pytest.approx(0.55) and found[20] == pytest.approx(0.1)
+    assert found == sorted(found[:11]) + sorted(found[11:], reverse=True)
+
+
+def test_constant() -> None:
+    assert rates("constant", total=5, warmup_steps=1) == pytest.approx([0.5, 1, 1, 1, 1])
+
+
+@pytest.mark.parametrize("name", ["warmup_cosine", "cosine", "one_cycle", "wsd", "constant"])
+@pytest.mark.parametrize("total", [1, 2, 3, 50])
+@pytest.mark.parametrize("warmup", [None, 0, 1, 1000])
+def test_always_between_zero_and_the_peak(name: str, total: int, warmup: int | None) -> None:
+    for ratio in rates(name, total, warmup_steps=warmup, decay_fraction=1.0):
+        assert 0 < ratio <= 1
+
+
+def test_default_warmup() -> None:
+    assert [warmup_steps(Schedule(), total) for total in (5, 400, 2000)] == [0, 40, 100]

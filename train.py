@@ -1,0 +1,272 @@
+"""Pretrain one model: python train.py [config.yaml ...] [--section.key=value ...]
+
+One run, top to bottom: config -> corpus -> batch -> model -> objective -> step -> record. Start it again with the
+same words and it goes on where it was; start it under torchrun and it trains the same model on all processes.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+from command_line import FAILED, FINISHED, PREEMPTED, parse, run
+from config import BadInput, Config
+
+
+def main(arguments: list[str]) -> int:
+    """One run; returns the exit code."""
+    config = parse(arguments, __doc__ or "")
+    torch_environment()
+    from training import distributed
+    from training.run_directory import move_aside, path_of, read_summary, update_summary
+
+    directory = path_of(config)
+    stored = read_summary(directory) if config.run.resume == "auto" else {}
+    hardware = distributed.start(config.run, stored.get("hardware"))
+    distributed.check_micro_batches(config, hardware.world)
+    if config.run.resume == "never":
+        distributed.on_main(hardware, lambda: str(move_aside(directory)))
+    try:
+        return train(config, directory, hardware)
+    except Exception as problem:
+        if hardware.main and not isinstance(problem, BadInput):
+            update_summary(directory, status="failed", error=f"{type(problem).__name__}: {problem}")
+        raise
+    finally:
+        distributed.stop()
+
+
+def train(config: Config, directory: Path, hardware: Any) -> int:
+    """Prepare, then step after step until the run is done, told to stop, or fails."""
+    import torch
+
+    from data.loader import EvaluationBatches, TrainingLoader, evaluation_batches
+    from data.prepare import prepare
+    from data.shards import Corpus, Split
+    from model.generate import sample_text
+    from model.gpt import GPT
+    from randomness import seed_activations
+    from regularizers.objective import objective
+    from training import checkpoint, distributed, run_directory
+    from training.evaluation import evaluate, plain_loss
+    from training.load_run import initial_weights
+    from training.optimizer import (
+        build_optimizers,
+        clip_gradients,
+        describe_groups,
+        load_optimizer_state,
+        optimizer_state,
+        set_learning_rate,
+    )
+    from training.schedule import learning_rate_ratio
+    from training.tracking import Metrics, draw, results_of, tell_results
+
+    # ---------------------------------------------------------------- the run's directory, ours alone
+    lock = None
+    if hardware.main:
+        lock = run_directory.lock(directory)
+    warnings = distributed.on_main(hardware, lambda: run_directory.check_config(directory, config))
+    before = distributed.on_main(hardware, lambda: run_directory.read_summary(directory))
+    if before.get("status") == "finished":
+        if hardware.main:
+            tell_results(directory, before, again=True)
+        return FINISHED
+
+    # ---------------------------------------------------------------- corpus
+    corpus_directory = distributed.on_main(hardware, lambda: str(prepare(config.data)))
+    corpus = Corpus.open(corpus_directory, verify=hardware.main)
+    if before.get("corpus", corpus.fingerprint) != corpus.fingerprint:
+        raise BadInput(
+            f"{directory} was trained on the corpus {before['corpus']}, and the data now give {corpus.fingerprint}; "
+            "restore the data, use another --run.name, or --run.resume=never"
+        )
+    training, evaluation, context = config.training, config.evaluation, config.model.context_length
+    val_split = corpus.split("val")
+    loader = TrainingLoader(corpus.split("train"), config.data, config.run.seed, context, training.global_batch_size)
+
+    def batches_of(split: Split, max_tokens: int | None) -> EvaluationBatches:
+        return evaluation_batches(split, context, training.micro_size, max_tokens, config.data.isolate_documents)
+
+    val_batches = batches_of(val_split, evaluation.max_tokens)
+    gap_batches = batches_of(loader.split, min(evaluation.max_tokens or val_split.n_tokens, val_split.n_tokens))
+    bytes_per_token = val_split.n_bytes / val_split.n_tokens
+    total_steps = training.max_steps or max(1, round((training.max_epochs or 1) * loader.steps_per_epoch))
+    if evaluation.every == "epoch":
+        evaluate_every = max(1, round(loader.steps_per_epoch))
+    else:
+        evaluate_every = evaluation.every or max(1, total_steps // 10)
+    save_every = config.checkpoint.every or evaluate_every
+    targets_in_step = training.global_batch_size * context
+
+    # ---------------------------------------------------------------- model and optimizer
+    model = GPT(config.model, corpus.vocab_size, config.regularizers).initialize(config.run.seed)
+    if config.run.init_from is not None:
+        model.load_state_dict(initial_weights(config.run.init_from, config.model, corpus.vocab_size))
+    model.to(hardware.device)
+    optimizers = build_optimizers(model, config)
+    forward = torch.compile(model) if hardware.compile else model
+
+    # ---------------------------------------------------------------- resume
+    checkpoints = directory / "checkpoints"
+    step, best, nonfinite = 0, None, 0
+    if hardware.main:
+        checkpoint.sweep(checkpoints)
+    found = distributed.on_main(hardware, lambda: [str(part) for part in checkpoint.newest(checkpoints)[:1] if part])
+    if found:
+        newest = Path(found[0])
+        model.load_state_dict(checkpoint.read_tensors(newest, "model"))
+        load_optimizer_state(optimizers, checkpoint.read_tensors(newest, "optimizer"))
+        state = checkpoint.read_state(newest)
+        step, best, nonfinite = state["step"], state["best"], state["nonfinite"]
+    if hardware.main:
+        warnings += checkpoint.newest(checkpoints)[1] + run_directory.version_warnings(before.get("versions", {}))
+        for warning in warnings:
+            run_directory.say(warning)
+        run_directory.copy_tokenizer(directory, corpus.directory)
+        run_directory.update_summary(
+            directory,
+            status="running",
+            hardware=hardware.describe(),
+            versions=before.get("versions") or run_directory.versions(),
+            corpus=corpus.fingerprint,
+            corpus_directory=str(corpus.directory),
+            parameters=model.count_parameters(),
+            total_steps=total_steps,
+        )
+        print(f"run        {directory}" + (f" goes on from step {step}" if found else ""))
+        print(
+            f"corpus     {corpus.directory}, {loader.split.n_tokens:,} training tokens; an epoch is {loader.steps_per_epoch:,.1f} steps"
+        )
+        print(f"model      {config.model.family}, {model.count_parameters():,} parameters")
+        print(f"hardware   {', '.join(f'{key} {value}' for key, value in hardware.describe().items())}")
+        print("\n".join(describe_groups(optimizers)), flush=True)
+    metrics = Metrics(directory, config, step, total_steps) if hardware.main else None
+
+    # ---------------------------------------------------------------- signals: finish the step, save, leave
+    told_to_stop: list[int] = []
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, lambda number, _: told_to_stop.append(number))
+
+    # ---------------------------------------------------------------- steps
+    model.train()
+    tokenizer = corpus.tokenizer()
+    seconds, steps_timed = 0.0, 0
+    while step < total_steps:
+        started = time.perf_counter()
+        ratio = learning_rate_ratio(config.schedule, step, total_steps)
+        set_learning_rate(optimizers, ratio)
+        terms: dict[str, torch.Tensor] = {}
+        for micro_batch in distributed.my_micro_batches(hardware, training.micro_batches):
+            batch = loader.batch(step, micro_batch * training.micro_size, training.micro_size).to(hardware.device)
+            seed_activations(config.run.seed, step, micro_batch)
+            with hardware.autocast():
+                hidden_BTD = forward(batch.tokens_BT, batch.positions_BT, batch.documents_BT)
+            part = objective(
+                hidden_BTD.flatten(0, 1).to(hardware.dtype),
+                model.output_weight,
+                batch.targets_BT.flatten(),
+                config.regularizers,
+                targets_in_step,
+            )
+            part["objective"].backward()
+            terms = {name: terms.get(name, 0) + value.detach() for name, value in part.items()}
+        distributed.sum_gradients(model, hardware)
+        gradient_norm = clip_gradients(model, config.optimizer.grad_clip)
+
+        # A gradient that is not finite changes nothing, on no process: it is summed, so all see the same.
+        if bool(gradient_norm.isfinite()):
+            for optimizer in optimizers:
+                optimizer.step()
+            nonfinite = 0
+        else:
+            nonfinite += 1
+            run_directory.say(
+                f"step {step + 1}: the gradient is not finite; the step is skipped ({nonfinite} in a row)"
+            )
+        for optimizer in optimizers:
+            optimizer.zero_grad(set_to_none=True)
+        step += 1
+        seconds, steps_timed = seconds + time.perf_counter() - started, steps_timed + 1
+
+        # ------------------------------------------------------------ record
+        last = step == total_steps or nonfinite >= training.max_nonfinite
+        stopping = distributed.any_process(bool(told_to_stop), hardware)
+        record: dict[str, Any] = {}
+        if step % config.tracking.log_every == 0 or step == 1 or last:
+            values = distributed.total(torch.stack([terms[name] for name in sorted(terms)]), hardware).tolist()
+            record = {f"train/{name}": value for name, value in zip(sorted(terms), values, strict=True)}
+            record["train/grad_norm"] = gradient_norm.item()
+            record["train/lr"] = config.optimizer.lr * ratio
+            record["train/tokens_per_second"] = steps_timed * targets_in_step / seconds
+            seconds, steps_timed = 0.0, 0
+        evaluated = step % evaluate_every == 0 or last
+        if evaluated:
+            results, _ = evaluate(model, val_batches, hardware, bytes_per_token)
+            record |= {f"val/{name}": value for name, value in results.items()}
+            record["gap/loss"] = results["loss"] - plain_loss(model, gap_batches, hardware)
+            if best is None or results["loss"] < best["val/loss"]:
+                best = {"step": step, "val/loss": results["loss"], "val/bits_per_byte": results["bits_per_byte"]}
+            if hardware.main and evaluation.sample_tokens:
+                record["sample"] = sample_text(
+                    model, tokenizer, "", corpus.end_of_text, evaluation.sample_tokens, config.run.seed
+                )
+        if record and metrics is not None:
+            where = {"step": step, "tokens": step * targets_in_step, "epoch": loader.epoch_at(step)}
+            metrics.log(where | record)
+            if evaluated:
+                draw(directory, metrics.records)
+
+        # ------------------------------------------------------------ save
+        improved = evaluated and best is not None and best["step"] == step
+        if step % save_every == 0 or improved or last or stopping:
+            if metrics is not None:
+                metrics.sync()
+                tensors = {"model": model.state_dict(), "optimizer": optimizer_state(optimizers)}
+                state = {"best": best, "nonfinite": nonfinite, "tokens": step * targets_in_step}
+                checkpoint.save(checkpoints, step, tensors, state)
+                run_directory.point(directory, "last", step)
+                if best is not None:
+                    run_directory.point(directory, "best", **best)
+                checkpoint.prune(checkpoints, config.checkpoint.keep, {best["step"]} if best else set())
+            distributed.barrier(hardware)
+        if last or stopping:
+            break
+
+    # ---------------------------------------------------------------- the end
+    status, code = "finished", FINISHED
+    if nonfinite >= training.max_nonfinite:
+        status, code = "failed", FAILED
+    elif step < total_steps:
+        status, code = "preempted", PREEMPTED
+    test: dict[str, float] = {}
+    if status == "finished" and best is not None and "test" in corpus.manifest["splits"]:
+        test_split = corpus.split("test")
+        model.load_state_dict(checkpoint.read_tensors(checkpoint.directory_for(checkpoints, best["step"]), "model"))
+        test, _ = evaluate(model, batches_of(test_split, None), hardware, test_split.n_bytes / test_split.n_tokens)
+    if metrics is not None:
+        summary = run_directory.update_summary(
+            directory,
+            status=status,
+            steps=step,
+            tokens=step * targets_in_step,
+            **results_of(metrics.records, best, test),
+        )
+        metrics.finish(summary, exit_code=code)
+        tell_results(directory, summary, again=False)
+    distributed.barrier(hardware)
+    if lock is not None:
+        lock.close()
+    return code
+
+
+def torch_environment() -> None:
+    """Settings that must stand before torch is imported."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+
+
+if __name__ == "__main__":
+    run(main)

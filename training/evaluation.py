@@ -1,0 +1,108 @@
+"""What a model knows of a split: every token once, weighted alike, whatever the objective was.
+
+Sums are kept in float64 and reduced over the processes once, before anything is divided.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from data.loader import EvaluationBatches
+from model.gpt import GPT
+from training.distributed import Hardware, total
+
+BINS = 15  # of the expected calibration error: equal widths of top-1 confidence
+CHUNK_NUMBERS = 2**24  # logits held at once
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Top-1 confidence in 15 equal bins: how many tokens, their mean confidence, their accuracy."""
+
+    tokens: list[float]
+    confidence: list[float]
+    accuracy: list[float]
+
+    @property
+    def error(self) -> float:
+        """Expected calibration error (Naeini 2015): Σ share of the bin · |accuracy − confidence|."""
+        everything = sum(self.tokens)
+        gaps = zip(self.tokens, self.accuracy, self.confidence, strict=True)
+        return sum(tokens * abs(accuracy - confidence) for tokens, accuracy, confidence in gaps) / everything
+
+
+@torch.no_grad()
+def evaluate(
+    model: GPT, batches: EvaluationBatches, hardware: Hardware, bytes_per_token: float
+) -> tuple[dict[str, float], Calibration]:
+    """Metrics of the whole of ``batches``, shared over the processes, and the calibration behind ``ece``.
+
+    Returns ``loss`` (nats per token), ``perplexity``, ``bits_per_byte``, ``accuracy``, ``ece``, ``brier``,
+    ``entropy``, ``log_z`` (mean log-partition). The model is put back into the mode it was in.
+    """
+    training = model.training
+    model.eval()
+    sums = torch.zeros(6, dtype=torch.float64)  # tokens, loss, correct, brier, entropy, log_z
+    bins = torch.zeros(3, BINS, dtype=torch.float64)  # tokens, confidence, correct
+    for index in range(hardware.rank, len(batches), hardware.world):
+        batch = batches.batch(index).to(hardware.device)
+        with hardware.autocast():
+            hidden_BTD = model(batch.tokens_BT, batch.positions_BT, batch.documents_BT)
+        hidden_ND = hidden_BTD.flatten(0, 1).to(hardware.dtype)
+        weight_VD = model.output_weight.to(hardware.dtype)
+        rows = max(1, CHUNK_NUMBERS // weight_VD.shape[0])
+        for hidden_RD, target_R in zip(hidden_ND.split(rows), batch.targets_BT.flatten().split(rows), strict=True):
+            _add(sums, bins, (hidden_RD @ weight_VD.T).float(), target_R)
+    model.train(training)
+    sums, bins = (
+        total(values.to(hardware.device, _widest(hardware)), hardware).double().cpu() for values in (sums, bins)
+    )
+    tokens, loss, correct, brier, entropy, log_z = sums.tolist()
+    in_bin = bins[0].clamp(min=1)
+    calibration = Calibration(bins[0].tolist(), (bins[1] / in_bin).tolist(), (bins[2] / in_bin).tolist())
+    mean = loss / tokens
+    metrics = {
+        "loss": mean,
+        "perplexity": math.exp(min(mean, 700.0)),
+        "bits_per_byte": mean / math.log(2) / bytes_per_token,
+        "accuracy": correct / tokens,
+        "ece": calibration.error,
+        "brier": brier / tokens,
+        "entropy": entropy / tokens,
+        "log_z": log_z / tokens,
+    }
+    return metrics, calibration
+
+
+@torch.no_grad()
+def plain_loss(model: GPT, batches: EvaluationBatches, hardware: Hardware) -> float:
+    """Cross-entropy alone, in evaluation mode, in nats per token: for the gap to the training split."""
+    return evaluate(model, batches, hardware, 1.0)[0]["loss"]
+
+
+def _add(sums: Tensor, bins: Tensor, logits_RV: Tensor, target_R: Tensor) -> None:
+    """Add the sums of one chunk of tokens; the logits' memory is used up."""
+    log_z_R = logits_RV.logsumexp(-1)
+    log_p_RV = logits_RV.sub_(log_z_R[:, None])
+    loss_R = -log_p_RV.gather(-1, target_R[:, None]).squeeze(-1)
+    p_RV = log_p_RV.exp()
+    confidence_R, predicted_R = p_RV.max(-1)
+    correct_R = (predicted_R == target_R).double()
+    # Brier score over all classes: Σ p² − 2 p_y + 1
+    brier_R = p_RV.square().sum(-1) - 2 * (-loss_R).exp() + 1
+    entropy_R = -p_RV.mul_(log_p_RV).sum(-1)
+    ones_R = torch.ones_like(correct_R)
+    columns = (ones_R, loss_R, correct_R, brier_R, entropy_R, log_z_R)
+    sums += torch.stack([column.double().sum() for column in columns]).cpu()
+    bin_R = (confidence_R * BINS).ceil().long().clamp(1, BINS) - 1
+    for row, column in enumerate((ones_R, confidence_R.double(), correct_R)):
+        bins[row].index_add_(0, bin_R.cpu(), column.cpu())
+
+
+def _widest(hardware: Hardware) -> torch.dtype:
+    """float64 wherever the device has it (mps has not)."""
+    return torch.float32 if hardware.device.type == "mps" else torch.float64

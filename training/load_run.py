@@ -1,0 +1,148 @@
+"""A trained model out of its run directory, and weights to start another run from."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+import yaml
+from torch import Tensor
+
+from command_line import from_mapping
+from config import BadInput, Config, Model
+from model.gpt import GPT
+from model.huggingface import read_directory
+from training.checkpoint import NAME, existing, newest, problem_of, read_tensors
+from training.run_directory import read_summary, say
+
+
+def load_model(path: str | Path, device: torch.device | str = "cpu") -> tuple[GPT, Config, Path]:
+    """A trained model in evaluation mode, the config of its run, and the directory of its corpus.
+
+    ``path`` is a run directory, whose best checkpoint is taken, or a checkpoint. Its bytes are verified; the
+    averaged weights are taken where there are some. The corpus may be gone: that is for the caller to find out.
+    Raises BadInput for what is missing or damaged.
+    """
+    run, checkpoint = locate(Path(path))
+    config, weights = read_config(run), read_weights(checkpoint)
+    corpus = read_summary(run).get("corpus_directory")
+    if not isinstance(corpus, str):
+        raise BadInput(f"{run / 'summary.json'} does not name the corpus; start the run again and it will")
+    model = GPT(config.model, len(weights["embedding.weight"]), config.regularizers)
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as problem:
+        raise BadInput(f"{checkpoint} does not fit {run / 'config.yaml'}: {problem}; restore one of them") from None
+    return model.to(device).eval(), config, Path(corpus)
+
+
+def run_tokenizer(path: str | Path) -> Path:
+    """The tokenizer.json that the run at ``path`` (or of the checkpoint at ``path``) was trained with."""
+    run = run_of(Path(path))
+    corpus = read_summary(run).get("corpus_directory")
+    candidates = [run / "tokenizer.json", *([Path(corpus) / "tokenizer.json"] if isinstance(corpus, str) else [])]
+    for file in candidates:
+        if file.is_file():
+            return file
+    raise BadInput(f"there is no tokenizer of {run}: looked for {' and '.join(map(str, candidates))}; restore one")
+
+
+def initial_weights(path: str | Path, config: Model, vocab_size: int) -> dict[str, Tensor]:
+    """Weights for a model of ``config`` and ``vocab_size``: from a run, a checkpoint, or a Hugging Face directory.
+
+    Raises BadInput that names each difference between the two networks, with the flags that remove it.
+    """
+    directory = Path(path)
+    if (directory / "config.json").is_file():
+        theirs, their_vocab_size, weights = read_directory(directory)
+    elif (directory / "config.yaml").is_file() or NAME.fullmatch(directory.name):
+        run, checkpoint = locate(directory)
+        theirs, weights = read_config(run).model, read_weights(checkpoint)
+        their_vocab_size = len(weights["embedding.weight"])
+    else:
+        raise BadInput(
+            f"run.init_from = {path}: there is no run directory (with config.yaml), no checkpoint (step_...) and no "
+            "Hugging Face directory (with config.json) there; models of the hub must be downloaded first"
+        )
+    flags = [
+        f"--model.{knob}={str(getattr(theirs, what)).lower()}"
+        for knob, what in compared(config).items()
+        if getattr(theirs, what) != getattr(config, what)
+    ]
+    lines = [f"\n  the network differs; one that fits has {' '.join(flags)}"] if flags else []
+    if their_vocab_size != vocab_size:
+        lines.append(
+            f"\n  its vocabulary has {their_vocab_size:,} entries, the corpus {vocab_size:,}; "
+            f"use its tokenizer, --data.tokenizer={directory}"
+        )
+    if lines:
+        raise BadInput(f"run.init_from = {path} cannot be the beginning of this run:" + "".join(lines))
+    return weights
+
+
+def compared(config: Model) -> dict[str, str]:
+    """The knobs in which two networks must agree to share weights, and where their resolved value is."""
+    same = ("family", "n_layers", "d_model", "n_heads", "tie_embeddings", "norm_eps")
+    own = "context_length" if config.family == "gpt2" else "rope_theta"
+    resolved = {"n_kv_heads": "kv_heads", "head_dim": "head_width", "d_ff": "hidden_width"}
+    return {knob: knob for knob in (*same, own)} | resolved
+
+
+def run_of(path: Path) -> Path:
+    """The run directory of a path that is one, or that is one of its checkpoints."""
+    path = path.resolve()
+    run = path.parent.parent if NAME.fullmatch(path.name) else path
+    if not (run / "config.yaml").is_file():
+        raise BadInput(f"{path} is neither a run directory (there is no config.yaml) nor one of its checkpoints")
+    return run
+
+
+def locate(path: Path) -> tuple[Path, Path]:
+    """The run directory and a verified checkpoint of it: the one asked for, else the best, else the newest."""
+    run = run_of(path)
+    if NAME.fullmatch(path.resolve().name):
+        problem = problem_of(path.resolve())
+        if problem:
+            raise BadInput(f"the checkpoint cannot be trusted: {problem}; use another one, or the whole run: {run}")
+        return run, path.resolve()
+    checkpoints = run / "checkpoints"
+    best = best_of(run)
+    if best is not None:
+        problem = problem_of(best)
+        if problem is None:
+            return run, best
+        if existing(checkpoints):
+            say(f"the best checkpoint cannot be trusted: {problem}; the newest one is taken")
+    found, _ = newest(checkpoints)
+    if found is None:
+        raise BadInput(f"{run} has no checkpoint yet; train on, or choose another run")
+    return run, found
+
+
+def best_of(run: Path) -> Path | None:
+    """Where best.json points, None if there is none or it makes no sense."""
+    try:
+        name = json.loads((run / "best.json").read_text())["checkpoint"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return run / "checkpoints" / name if isinstance(name, str) and NAME.fullmatch(name) else None
+
+
+def read_config(run: Path) -> Config:
+    """The config that is stored with a run."""
+    file = run / "config.yaml"
+    try:
+        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as problem:
+        raise BadInput(f"{file} cannot be read ({problem}); restore it") from None
+    return from_mapping(content, str(file))
+
+
+def read_weights(checkpoint: Path) -> dict[str, Tensor]:
+    """The weights to use of a verified checkpoint: the averaged ones if it has some."""
+    files = json.loads((checkpoint / "manifest.json").read_text())["files"]
+    weights = read_tensors(checkpoint, "average" if "average.safetensors" in files else "model")
+    if "embedding.weight" not in weights:
+        raise BadInput(f"{checkpoint} holds no embedding.weight: it is not a checkpoint of a GPT")
+    return weights

@@ -1,0 +1,119 @@
+"""AdamW, or Muon for the matrices of the blocks, both torch.optim's, over named groups."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from config import BadInput, Config
+
+# The optimizers of a run, in a fixed order: one AdamW, and one Muon before it if it is asked for.
+Optimizers = list[torch.optim.Optimizer]
+
+
+def parameter_groups(model: nn.Module) -> dict[str, dict[str, nn.Parameter]]:
+    """Every parameter in exactly one group: ``{"matrices"|"embeddings"|"output"|"vectors": {name: parameter}}``.
+
+    Matrices are the weights of the blocks; output is the output matrix when it is not tied; vectors are
+    biases and the gains of norms, which never decay.
+    """
+    groups: dict[str, dict[str, nn.Parameter]] = {"matrices": {}, "embeddings": {}, "output": {}, "vectors": {}}
+    for name, parameter in model.named_parameters():
+        if parameter.ndim < 2:
+            groups["vectors"][name] = parameter
+        elif name.startswith("blocks."):
+            groups["matrices"][name] = parameter
+        elif name in ("embedding.weight", "positions.weight"):
+            groups["embeddings"][name] = parameter
+        elif name == "output.weight":
+            groups["output"][name] = parameter
+        else:
+            raise ValueError(f"the parameter {name} belongs to no optimizer group")
+    return {group: members for group, members in groups.items() if members}
+
+
+def build_optimizers(model: nn.Module, config: Config) -> Optimizers:
+    """The run's optimizers; each group carries its name, its parameters' names, its peak lr and whether it decays."""
+    settings = config.optimizer
+    adamw: list[dict[str, Any]] = []
+    muon: list[dict[str, Any]] = []
+    for group, members in parameter_groups(model).items():
+        decays = group in ("matrices", "output") or (group == "embeddings" and config.regularizers.decay_embeddings)
+        by_muon = settings.name == "muon" and group == "matrices"
+        entry = {
+            "params": list(members.values()),
+            "group_name": group,
+            "names": list(members),
+            "decays": decays,
+            "peak_lr": settings.matrix_lr if by_muon else settings.lr,
+            "weight_decay": config.regularizers.weight_decay if decays else 0.0,
+        }
+        (muon if by_muon else adamw).append(entry)
+    optimizers: Optimizers = []
+    if muon:
+        optimizers.append(torch.optim.Muon(muon, lr=settings.matrix_lr, momentum=settings.matrix_momentum))
+    optimizers.append(torch.optim.AdamW(adamw, lr=settings.lr, betas=settings.betas, eps=settings.eps, fused=True))
+    return optimizers
+
+
+def set_learning_rate(optimizers: Optimizers, ratio: float) -> None:
+    """Give each group its peak learning rate times ``ratio``."""
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = group["peak_lr"] * ratio
+
+
+def describe_groups(optimizers: Optimizers) -> list[str]:
+    """A line for each group: optimizer, tensors, numbers, peak learning rate, decay and its timescale."""
+    lines = []
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            numbers = sum(parameter.numel() for parameter in group["params"])
+            rate, decay = group["peak_lr"], group["weight_decay"]
+            decays = f"weight decay {decay:g} (timescale {1 / (rate * decay):,.0f} steps)" if decay else "no decay"
+            lines.append(
+                f"{group['group_name']:<10} {type(optimizer).__name__:<5} {len(group['params']):>4} tensors "
+                f"{numbers:>13,} numbers  lr {rate:g}  {decays}"
+            )
+    return lines
+
+
+def clip_gradients(model: nn.Module, limit: float) -> Tensor:
+    """Scale all gradients so that their joint norm is at most ``limit`` (0: no limit); returns the norm before."""
+    gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+    norm = torch.nn.utils.get_total_norm(gradients)
+    if limit > 0:
+        torch.nn.utils.clip_grads_with_norm_(model.parameters(), limit, norm)
+    return norm
+
+
+def optimizer_state(optimizers: Optimizers) -> dict[str, Tensor]:
+    """All moments and step counts by parameter name, ``{"blocks.0.mlp.input.weight/exp_avg": tensor}``."""
+    state = {}
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            for name, parameter in zip(group["names"], group["params"], strict=True):
+                for key, value in optimizer.state.get(parameter, {}).items():
+                    state[f"{name}/{key}"] = torch.as_tensor(value)
+    return state
+
+
+def load_optimizer_state(optimizers: Optimizers, state: dict[str, Tensor]) -> None:
+    """Put back what ``optimizer_state`` gave; raises BadInput when names or shapes do not fit the model."""
+    left = set(state)
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            for name, parameter in zip(group["names"], group["params"], strict=True):
+                own = {key.rsplit("/", 1)[1]: key for key in left if key.rsplit("/", 1)[0] == name}
+                for short, key in own.items():
+                    value = state[key]
+                    if value.ndim and value.shape != parameter.shape:
+                        raise BadInput(f"optimizer state {key} has shape {tuple(value.shape)}, not the parameter's")
+                    # Step counts stay where the optimizer makes them; moments go to their parameter's device.
+                    value = value.to(parameter.device) if value.ndim or parameter.is_cuda else value
+                    optimizer.state[parameter][short] = value.clone()
+                left -= set(own.values())
+    if left:
+        raise BadInput(f"the optimizer state holds tensors of no parameter: {', '.join(sorted(left)[:3])}")

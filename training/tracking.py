@@ -1,0 +1,222 @@
+"""Where the numbers of a run go: metrics.jsonl is the truth, W&B mirrors it, the console shows it.
+
+One line a logged step, with step, tokens and epoch on each. W&B may be unreachable, refuse, or die: training
+goes on, and one warning says so.
+"""
+
+from __future__ import annotations
+
+import json
+import netrc
+import os
+import secrets
+import sys
+import time
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlparse
+
+from tqdm import tqdm
+
+from config import Config
+from pictures import curves
+from training.run_directory import say
+
+SECONDS_BETWEEN_LINES = 5.0
+WANDB_PATIENCE = 8  # seconds to wait for the server before going on without it
+
+
+def read_metrics(directory: Path) -> list[dict[str, Any]]:
+    """The lines of a run's metrics.jsonl; a torn last line is left out."""
+    records = []
+    path = directory / "metrics.jsonl"
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            records.append(json.loads(line))
+        except ValueError:
+            break
+    return records
+
+
+class Metrics:
+    """Appends records to metrics.jsonl, mirrors them to W&B and tells the console.
+
+    Opening it for a run that goes on from ``step`` drops later lines and a torn one: they are written again.
+    """
+
+    def __init__(self, directory: Path, config: Config, step: int, total_steps: int) -> None:
+        self.directory = directory
+        self.path = directory / "metrics.jsonl"
+        kept = [record for record in read_metrics(directory) if record["step"] <= step]
+        self.path.write_text("".join(json.dumps(record) + "\n" for record in kept))
+        self.file = open(self.path, "a")
+        self.records = kept
+        self.bar = tqdm(total=total_steps, initial=step, unit="step", disable=None, dynamic_ncols=True, desc="training")
+        self.told = time.monotonic()
+        self.wandb = start_wandb(directory, config, resuming=step > 0)
+
+    def log(self, record: dict[str, Any]) -> None:
+        """One line: ``record`` has step, tokens, epoch and metrics."""
+        record = {key: round(value, 8) if isinstance(value, float) else value for key, value in record.items()}
+        self.records.append(record)
+        self.file.write(json.dumps(record) + "\n")
+        self.file.flush()
+        self._mirror(record)
+        self._tell(record)
+
+    def sync(self) -> None:
+        """Bring all lines to the disk, before a checkpoint that counts on them."""
+        os.fsync(self.file.fileno())
+
+    def finish(self, summary: dict[str, Any], exit_code: int = 0) -> None:
+        """Close the files and the W&B run, whose summary gets ``summary``."""
+        self.bar.close()
+        self.file.close()
+        if self.wandb is not None:
+            try:
+                self.wandb.summary.update(_flat(summary))
+                self.wandb.finish(exit_code=exit_code)
+            except Exception as problem:  # whatever a dead or unreachable W&B raises must not fail a run
+                say(f"W&B did not take the summary ({problem}); metrics.jsonl is whole")
+
+    def _mirror(self, record: dict[str, Any]) -> None:
+        if self.wandb is None:
+            return
+        try:
+            self.wandb.log({key: value for key, value in record.items() if key != "sample"}, step=record["step"])
+        except Exception as problem:  # as above
+            say(f"W&B stopped taking metrics ({problem}); metrics.jsonl has them all")
+            self.wandb = None
+
+    def _tell(self, record: dict[str, Any]) -> None:
+        """The record in words: a line off a terminal, beside the bar on one."""
+        self.bar.update(record["step"] - self.bar.n)
+        evaluated = "val/loss" in record
+        words = [f"step {record['step']:>6}/{self.bar.total}"]
+        names = {
+            "train/loss": "train",
+            "val/loss": "val",
+            "val_average/loss": "average",
+            "val/bits_per_byte": "bits/byte",
+        }
+        words += [f"{word} {record[name]:.4f}" for name, word in names.items() if name in record]
+        if "train/lr" in record:
+            words.append(f"lr {record['train/lr']:.2e}")
+        if "train/tokens_per_second" in record:
+            words.append(f"{record['train/tokens_per_second']:,.0f} tokens/s")
+        if self.bar.disable:  # a file or a pipe: a line every few seconds is enough
+            if evaluated or record["step"] == 1 or time.monotonic() - self.told > SECONDS_BETWEEN_LINES:
+                print("  ".join(words), flush=True)
+                self.told = time.monotonic()
+        elif evaluated:
+            self.bar.write("  ".join(words))
+        else:
+            self.bar.set_postfix_str("  ".join(words[1:]))
+
+
+def wandb_mode(config: Config) -> str:
+    """online, offline or disabled: WANDB_MODE, else tracking.wandb, whose auto asks whether this user is logged in."""
+    asked = os.environ.get("WANDB_MODE") or config.tracking.wandb
+    if asked != "auto":
+        return asked
+    host = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
+    try:
+        known = netrc.netrc().authenticators(host) is not None
+    except (OSError, netrc.NetrcParseError):
+        known = False
+    return "online" if known or os.environ.get("WANDB_API_KEY") else "disabled"
+
+
+def start_wandb(directory: Path, config: Config, resuming: bool) -> Any:
+    """The W&B run of this directory, or None. Unreachable or refused: offline, at most 10 seconds later."""
+    mode = wandb_mode(config)
+    if mode in ("disabled", "dryrun"):
+        return None
+    import wandb
+
+    # One id for one run directory, so that a resume goes on in the same W&B run.
+    identity = directory / "wandb_id"
+    if not identity.exists():
+        identity.write_text(secrets.token_hex(4))
+    settings = wandb.Settings(init_timeout=WANDB_PATIENCE, console="off", silent=True)
+    attempts: list[Any] = [mode] if mode == "offline" else [mode, "offline"]
+    for attempt in attempts:
+        try:
+            run = wandb.init(
+                project=config.tracking.project,
+                group=config.tracking.group,
+                tags=config.tracking.tags or None,
+                name=directory.name,
+                id=identity.read_text().strip(),
+                config=config.model_dump(mode="json"),
+                dir=str(directory),
+                mode=attempt,
+                resume="allow" if attempt == "online" else None,
+                settings=settings,
+            )
+            run.define_metric("*", step_metric="step")
+            return run
+        except Exception as problem:  # login refused, server unreachable, service not starting
+            first = str(problem).splitlines()[0] if str(problem) else type(problem).__name__
+            say(f"W&B {attempt} is not to be had ({first}); metrics.jsonl is written all the same")
+    return None
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested dictionaries with dots in their keys."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
+
+
+def draw(directory: Path, records: list[dict[str, Any]]) -> None:
+    """curves.png and samples.txt, both made anew from the records."""
+    curves(records, directory / "curves.png", directory.name)
+    samples = [f"=== step {record['step']} ===\n{record['sample']}\n" for record in records if "sample" in record]
+    (directory / "samples.txt").write_text("\n".join(samples))
+
+
+def results_of(records: list[dict[str, Any]], best: dict[str, Any] | None, test: dict[str, float]) -> dict[str, Any]:
+    """What the summary keeps of a run: best and final validation, the test, the speed."""
+    results: dict[str, Any] = {f"test/{name}": value for name, value in test.items()}
+    if best is not None:
+        results |= {f"best/{name}": value for name, value in best.items()}
+    for name in ("val/loss", "val/bits_per_byte", "gap/loss", "train/loss"):
+        values = [record[name] for record in records if name in record]
+        if values:
+            results[f"final/{name}"] = values[-1]
+    speeds = sorted(record["train/tokens_per_second"] for record in records if "train/tokens_per_second" in record)
+    if speeds:
+        results["tokens_per_second"] = speeds[len(speeds) // 2]
+    return results
+
+
+def tell_results(directory: Path, summary: dict[str, Any], again: bool) -> None:
+    """What a person wants to know when a run is over; ``again``: it was over before it was started this time."""
+    status = summary["status"]
+    steps = f"{summary['steps']} of {summary['total_steps']} steps"
+    if again:
+        print(f"\nThis run is finished already ({steps}); nothing was done. --run.resume=never starts it afresh.")
+    elif status == "preempted":
+        print(f"\nStopped after {steps}, as asked. The same command goes on from here.")
+    else:
+        print(f"\n{status.capitalize()} after {steps}.")
+    if "best/val/loss" in summary and status != "preempted":
+        samples = [record["sample"] for record in read_metrics(directory) if "sample" in record]
+        if samples:
+            print("\n".join(["", "sample", *(f"  | {line}" for line in samples[-1].splitlines())]))
+        print(
+            f"\nbest val loss     {summary['best/val/loss']:.4f} nats per token, "
+            f"{summary['best/val/bits_per_byte']:.4f} bits per byte, at step {summary['best/step']}"
+        )
+        if "test/loss" in summary:
+            print(
+                f"test loss         {summary['test/loss']:.4f} nats per token, "
+                f"{summary['test/bits_per_byte']:.4f} bits per byte (the best checkpoint)"
+            )
+        print(f"tokens per second {summary['tokens_per_second']:,.0f}")
+    print(f"run directory     {directory}")
+    if (directory / "curves.png").exists():
+        print(f"curves            {directory / 'curves.png'}")
+    sys.stdout.flush()

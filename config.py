@@ -164,6 +164,11 @@ class Model(Section):
             raise ValueError(f"model.n_heads={self.n_heads} is not a multiple of model.n_kv_heads={self.n_kv_heads}")
         if self.family == "gpt2" and (self.kv_heads != self.n_heads or self.head_width * self.n_heads != self.d_model):
             raise ValueError("model.family=gpt2 has neither grouped heads nor its own head_dim; leave both null")
+        if self.family == "llama" and self.d_model % self.n_heads:
+            raise ValueError(
+                f"model.family=llama needs model.d_model={self.d_model} to be divisible by model.n_heads={self.n_heads} "
+                "even with its own head_dim (transformers cannot load it otherwise); change one, or take qwen3"
+            )
         if self.family != "gpt2" and self.head_width % 2:
             raise ValueError(f"rotary positions need an even head width; it is {self.head_width}")
         return self

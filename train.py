@@ -103,8 +103,6 @@ def train(config: Config, directory: Path, hardware: Any) -> int:
 
     # ---------------------------------------------------------------- model and optimizer
     model = GPT(config.model, corpus.vocab_size, config.regularizers).initialize(config.run.seed)
-    if config.run.init_from is not None:
-        model.load_state_dict(initial_weights(config.run.init_from, config.model, corpus.vocab_size))
     model.to(hardware.device)
     optimizers = build_optimizers(model, config)
     forward = torch.compile(model) if hardware.compile else model
@@ -115,6 +113,8 @@ def train(config: Config, directory: Path, hardware: Any) -> int:
     if hardware.main:
         checkpoint.sweep(checkpoints)
     found = distributed.on_main(hardware, lambda: [str(part) for part in checkpoint.newest(checkpoints)[:1] if part])
+    if not found and config.run.init_from is not None:
+        model.load_state_dict(initial_weights(config.run.init_from, config.model, corpus.vocab_size))
     if found:
         newest = Path(found[0])
         model.load_state_dict(checkpoint.read_tensors(newest, "model"))
@@ -137,9 +137,8 @@ def train(config: Config, directory: Path, hardware: Any) -> int:
             total_steps=total_steps,
         )
         print(f"run        {directory}" + (f" goes on from step {step}" if found else ""))
-        print(
-            f"corpus     {corpus.directory}, {loader.split.n_tokens:,} training tokens; an epoch is {loader.steps_per_epoch:,.1f} steps"
-        )
+        print(f"corpus     {corpus.directory}, {loader.split.n_tokens:,} training tokens")
+        print(f"length     {total_steps:,} steps, {loader.epoch_at(total_steps):,.2f} epochs")
         print(f"model      {config.model.family}, {model.count_parameters():,} parameters")
         print(f"hardware   {', '.join(f'{key} {value}' for key, value in hardware.describe().items())}")
         print("\n".join(describe_groups(optimizers)), flush=True)

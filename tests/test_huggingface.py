@@ -28,6 +28,13 @@ from model.huggingface import (
 
 transformers.utils.logging.disable_progress_bar()
 
+TALL: dict[str, Any] = {
+    "num_hidden_layers": 2,
+    "hidden_size": 24,
+    "intermediate_size": 44,
+    "max_position_embeddings": 40,
+    "vocab_size": 300,
+}
 # transformers' own words for small networks. The matrices of the "square" ones fit transposed, too.
 NETWORKS: dict[str, Any] = {
     "gpt2": lambda **tie: transformers.GPT2Config(
@@ -55,13 +62,6 @@ NETWORKS: dict[str, Any] = {
     "qwen3 with many keys": lambda **tie: transformers.Qwen3Config(
         **TALL, num_attention_heads=5, num_key_value_heads=5, head_dim=6, **tie
     ),
-}
-TALL = {
-    "num_hidden_layers": 2,
-    "hidden_size": 24,
-    "intermediate_size": 44,
-    "max_position_embeddings": 40,
-    "vocab_size": 300,
 }
 all_networks = pytest.mark.parametrize("network", NETWORKS)
 tied_or_not = pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
@@ -174,7 +174,7 @@ def test_the_tokenizer_loads_and_is_the_same(kind: str, network: str, tmp_path: 
     text = "def  f(x):\n\treturn 'naïve' , x ** 2 # 日本語 \r\n\n don't , stop .\n"
     tokenizer = byte_tokenizer() if kind == "byte" else train_bpe([text * 3], 300)
     tokenizer.save(str(tmp_path / "tokenizer.json"))
-    end = tokenizer.token_to_id("<|endoftext|>")
+    end = int(tokenizer.token_to_id("<|endoftext|>") or 0)
     model = ours(saved(tmp_path / "theirs", network))
     write_directory(model, tmp_path / "tokenizer.json", tmp_path / "ours", end)
     loaded = transformers.AutoTokenizer.from_pretrained(tmp_path / "ours")

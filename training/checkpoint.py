@@ -68,9 +68,9 @@ def save(checkpoints: Path, step: int, tensors: dict[str, dict[str, Tensor]], st
     except (OSError, SafetensorError) as problem:
         shutil.rmtree(temporary, ignore_errors=True)
         raise OSError(f"cannot save the checkpoint {final}: {problem}") from problem
-    problem = problem_of(final)
-    if problem:
-        raise OSError(f"the checkpoint just written does not verify: {problem}")
+    damage = problem_of(final)
+    if damage:
+        raise OSError(f"the checkpoint just written does not verify: {damage}")
     return final
 
 

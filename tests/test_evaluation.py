@@ -1,0 +1,123 @@
+"""Evaluation against torch and torchmetrics, a hand-worked calibration, and its independence of the batches."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from command_line import parse
+from data.loader import evaluation_batches
+from data.prepare import prepare
+from data.shards import Corpus
+from model.gpt import GPT
+from training.distributed import Hardware
+from training.evaluation import BINS, _add, evaluate
+
+ALONE = Hardware(0, 1, torch.device("cpu"), "fp32", False, 1)
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory, text_file: Path) -> Corpus:
+    flags = ["--data.corpus=text", f"--data.path={text_file}", "--data.tokenizer=byte", "--data.split=tail"]
+    return Corpus.open(prepare(parse(flags).data, tmp_path_factory.mktemp("corpora"), quiet=True))
+
+
+@pytest.fixture(scope="module")
+def model(corpus: Corpus) -> GPT:
+    shape = ["--model.n_layers=1", "--model.d_model=16", "--model.n_heads=2", "--model.context_length=16"]
+    config = parse([*shape, "--model.tie_embeddings=false"])
+    model = GPT(config.model, corpus.vocab_size).initialize(3)
+    with torch.no_grad():  # sharp enough for confidences over many bins
+        model.output_weight.mul_(50)
+    return model
+
+
+def plain(model: GPT, corpus: Corpus) -> tuple[Tensor, Tensor]:
+    """Logits and targets of the val split, window by window, without our batches."""
+    split = corpus.split("val")
+    stream = torch.from_numpy(split.read(0, split.n_tokens))
+    logits, targets = [], []
+    with torch.no_grad():
+        for start in range(0, len(stream) - 1, 16):
+            window = stream[start : start + 17]
+            logits.append(model.logits(model(window[None, :-1]))[0])
+            targets.append(window[1:])
+    return torch.cat(logits).double(), torch.cat(targets)
+
+
+def test_every_metric_against_torch_and_torchmetrics(model: GPT, corpus: Corpus) -> None:
+    from torchmetrics.functional.classification import multiclass_accuracy, multiclass_calibration_error
+
+    logits, target = plain(model, corpus)
+    split = corpus.split("val")
+    assert len(target) == split.n_tokens - 1
+    found, calibration = evaluate(model, evaluation_batches(split, 16, 4), ALONE, split.n_bytes / split.n_tokens)
+    loss, p = F.cross_entropy(logits, target).item(), logits.softmax(-1)
+    one_hot = F.one_hot(target, logits.shape[-1])
+    expected = {
+        "loss": loss,
+        "perplexity": math.exp(loss),
+        "bits_per_byte": loss / math.log(2) / (split.n_bytes / split.n_tokens),
+        "accuracy": multiclass_accuracy(p, target, num_classes=p.shape[1], average="micro").item(),
+        "ece": multiclass_calibration_error(p, target, num_classes=p.shape[1], n_bins=15, norm="l1").item(),
+        "brier": ((p - one_hot) ** 2).sum(-1).mean().item(),
+        "entropy": torch.distributions.Categorical(logits=logits).entropy().mean().item(),
+        "log_z": logits.logsumexp(-1).mean().item(),
+    }
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        assert found[name] == pytest.approx(value, rel=2e-5), name
+    assert sum(calibration.tokens) == len(target) and sum(tokens > 0 for tokens in calibration.tokens) > 5
+
+
+def test_calibration_and_brier_by_hand() -> None:
+    """Four tokens, two classes. Confidences 0.9, 0.9, 0.6, 0.6; the first, second and third are right.
+
+    Bin of 0.9: accuracy 1, |1 − 0.9| = 0.1. Bin of 0.6: accuracy 0.5, |0.5 − 0.6| = 0.1. ECE = 0.1.
+    Brier: right at 0.9: 0.01 + 0.01; right at 0.6: 0.16 + 0.16; wrong at 0.6: 0.36 + 0.36. Mean 0.27.
+    """
+    from training.evaluation import Calibration
+
+    p = torch.tensor([[0.9, 0.1], [0.1, 0.9], [0.6, 0.4], [0.6, 0.4]])
+    sums, bins = torch.zeros(6, dtype=torch.float64), torch.zeros(3, BINS, dtype=torch.float64)
+    _add(sums, bins, p.log(), torch.tensor([0, 1, 0, 1]))
+    count, _, correct, brier, _, log_z = sums.tolist()
+    assert (count, correct) == (4, 3) and log_z == pytest.approx(0, abs=1e-6)
+    assert brier / count == pytest.approx(0.27, abs=1e-6)
+    filled = [(int(n), c / n, a / n) for n, c, a in bins.T.tolist() if n]
+    assert filled == [pytest.approx((2, 0.6, 0.5)), pytest.approx((2, 0.9, 1.0))]
+    found = Calibration([2, 2], [0.6, 0.9], [0.5, 1.0])
+    assert found.error == pytest.approx(0.1)
+
+
+@pytest.mark.parametrize("size", [1, 3, 1000])
+def test_the_batch_size_changes_nothing(size: int, model: GPT, corpus: Corpus) -> None:
+    one, _ = evaluate(model, evaluation_batches(corpus.split("val"), 16, 4), ALONE, 1.0)
+    other, _ = evaluate(model, evaluation_batches(corpus.split("val"), 16, size), ALONE, 1.0)
+    assert other == pytest.approx(one, rel=1e-6)
+
+
+def test_mode_and_chunks(model: GPT, corpus: Corpus, monkeypatch: pytest.MonkeyPatch) -> None:
+    batches: Callable[[], object] = lambda: evaluation_batches(corpus.split("val"), 16, 4, 200)  # noqa: E731
+    model.train()
+    whole, _ = evaluate(model, batches(), ALONE, 1.0)
+    assert model.training
+    monkeypatch.setattr("training.evaluation.CHUNK_NUMBERS", 7 * corpus.vocab_size)
+    parts, _ = evaluate(model.eval(), batches(), ALONE, 1.0)
+    assert not model.training and parts == pytest.approx(whole, rel=1e-6)
+
+
+def test_uniform_model_is_ln_v(corpus: Corpus, model: GPT) -> None:
+    flat = GPT(model.config, corpus.vocab_size).initialize(0)
+    with torch.no_grad():
+        flat.output_weight.zero_()
+    found, _ = evaluate(flat, evaluation_batches(corpus.split("val"), 16, 4), ALONE, 1.0)
+    assert found["loss"] == pytest.approx(math.log(257), rel=1e-6)
+    assert found["entropy"] == pytest.approx(math.log(257), rel=1e-6)
+    assert found["brier"] == pytest.approx(1 - 1 / 257, rel=1e-5)

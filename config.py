@@ -166,8 +166,8 @@ class Model(Section):
             raise ValueError("model.family=gpt2 has neither grouped heads nor its own head_dim; leave both null")
         if self.family == "llama" and self.d_model % self.n_heads:
             raise ValueError(
-                f"model.family=llama needs model.d_model={self.d_model} to be divisible by model.n_heads={self.n_heads} "
-                "even with its own head_dim (transformers cannot load it otherwise); change one, or take qwen3"
+                f"model.d_model={self.d_model} is not divisible by model.n_heads={self.n_heads}: transformers cannot "
+                "load such a llama, even with its own head_dim; change one of them, or take model.family=qwen3"
             )
         if self.family != "gpt2" and self.head_width % 2:
             raise ValueError(f"rotary positions need an even head width; it is {self.head_width}")

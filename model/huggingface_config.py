@@ -41,11 +41,6 @@ def config_json(config: Model, vocab_size: int, end_of_text: int) -> dict[str, A
             "resid_pdrop": 0.0,
             "summary_first_dropout": 0.0,
         }
-    if config.family == "llama" and config.d_model % config.n_heads:
-        raise BadInput(
-            f"transformers has no llama whose d_model ({config.d_model}) is not a multiple of its n_heads "
-            f"({config.n_heads}), whatever head_dim is; train with another model.n_heads, or with model.family=qwen3"
-        )
     return common | {
         "num_hidden_layers": config.n_layers,
         "hidden_size": config.d_model,

@@ -60,8 +60,8 @@ def curves(records: list[dict[str, Any]], path: Path, title: str, verdict: str =
         best = min(range(len(values)), key=values.__getitem__)
         losses.plot(steps[best], values[best], "o", color=BEST, markersize=7, zorder=5)
         losses.annotate(
-            f"best {values[best]:.4f}", (steps[best], values[best]), textcoords="offset points", xytext=(0, 10),
-            ha="right" if best > len(values) / 2 else "left", color=BEST,
+            f"best {values[best]:.4f}", (steps[best], values[best]), textcoords="offset points", xytext=(0, -14),
+            ha="right" if best >= len(values) / 2 else "left", va="top", color=BEST,
         )  # fmt: skip
         # The first steps fall from ln V and would flatten everything after them.
         ceiling = max(values[0], *(smooth(train, 0.8)[len(train) // 10 :] or [0]))

@@ -7,8 +7,6 @@ imported here, so that help and errors come at once.
 
 from __future__ import annotations
 
-import hashlib
-import json
 from typing import Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
@@ -244,23 +242,71 @@ class Regularizers(Section):
     """What keeps the model from fitting noise. Everything is off by default except weight decay."""
 
     embedding_dropout: float = knob(0.0, "activation", typical=0.1, ge=0, lt=1)
-    """Dropout of the embedding sum, before the first block."""
+    """Dropout of the embedding sum, before the first block (Srivastava 2014). Helps when data repeat, hurts in one
+    epoch, as all dropouts do."""
     attention_dropout: float = knob(0.0, "activation", typical=0.1, ge=0, lt=1)
-    """Dropout of the attention weights, after the softmax."""
+    """Dropout of the attention weights, after the softmax (tensor2tensor, GPT-2)."""
     residual_dropout: float = knob(0.0, "activation", typical=0.1, ge=0, lt=1)
-    """Dropout of what attention and MLP add to the residual stream."""
+    """Dropout of what attention and MLP add to the residual stream (Vaswani 2017)."""
     mlp_dropout: float = knob(0.0, "activation", typical=0.1, ge=0, lt=1)
-    """Dropout of the hidden activation of the MLP."""
+    """Dropout of the hidden activation of the MLP (Srivastava 2014)."""
+    stochastic_depth: float = knob(0.0, "activation", typical=0.1, ge=0, lt=1)
+    """Drops whole residual branches, for each sequence: this rate in the last block, falling linearly to 0 in the
+    first (Huang 2016). For deep models on repeated data."""
+    token_dropout: float = knob(0.0, "input", typical=0.1, ge=0, lt=1)
+    """Drops the embeddings of whole positions; targets stay (Iyyer 2015, Bowman 2016)."""
+    token_replacement: float = knob(0.0, "input", typical=0.1, ge=0, lt=1)
+    """Input ids become random ones at this rate; targets stay (SwitchOut, Wang 2018). Data augmentation."""
+    embedding_noise: float = knob(0.0, "input", typical=5.0, ge=0)
+    """Adds uniform noise of this alpha / sqrt(context * width) to the embeddings (NEFTune, Jain 2023: 5 to 15)."""
+    mixup_alpha: float = knob(0.0, "input", typical=0.2, ge=0)
+    """Mixes the embeddings and the losses of pairs of sequences, shares from Beta(alpha, alpha) (Zhang 2018)."""
     label_smoothing: float = knob(0.0, "objective", typical=0.1, ge=0, lt=1)
-    """The target keeps 1 - this, the other tokens share it evenly (Szegedy 2016, fairseq's convention)."""
-    z_loss: float = knob(0.0, "objective", typical=0.0001, ge=0)
-    """Times the mean squared log-partition of the logits (PaLM: 1e-4)."""
+    """The target keeps 1 - this, the other tokens share it evenly (Szegedy 2016, fairseq's convention). Improves
+    calibration of overconfident models."""
+    z_loss: float = knob(0.0, "objective", typical=1e-4, ge=0)
+    """Times the mean squared log-partition of the logits (PaLM 2022: 1e-4). Steadies training at high rates."""
     entropy_penalty: float = knob(0.0, "objective", typical=0.1, ge=0)
-    """Times the mean entropy of the output, which is rewarded (Pereyra 2017)."""
+    """Times the mean entropy of the output, which is rewarded (Pereyra 2017). Against overconfidence."""
     weight_decay: float = knob(0.1, "weights", typical=0.1, ge=0)
-    """Decoupled decay: w <- w (1 - lr * this) before each step (Loshchilov & Hutter 2019)."""
+    """Decoupled decay: w <- w (1 - lr * this) before each step (Loshchilov & Hutter 2019). On repeated data values
+    of 1 to 3 are often best (Kim 2025)."""
+    weight_decay_schedule: Literal["constant", "linear", "cosine"] = knob(
+        "constant", "modifier", typical="cosine", off="constant"
+    )
+    """How weight_decay moves to weight_decay_end over the run (NanoGPT Slowrun 2026)."""
+    weight_decay_end: float = knob(0.0, "modifier", typical=0.05, ge=0)
+    """The weight decay of the last step, when a schedule leads there."""
     decay_embeddings: bool = knob(True, "modifier", typical=False, off=True)
     """Whether embeddings are decayed too. Norms, biases and gains never are."""
+    l1: float = knob(0.0, "weights", typical=1e-5, ge=0)
+    """Adds this * sign(w) to the gradient of decayed weights: sparsity (Tibshirani 1996). With l2: elastic net."""
+    l2: float = knob(0.0, "weights", typical=1e-4, ge=0)
+    """Adds 2 * this * w to the gradient of decayed weights; unlike weight_decay it goes through Adam's scaling."""
+    ema_decay: float = knob(0.0, "average", typical=0.999, ge=0, lt=1)
+    """Evaluates a moving average of the weights: average <- this * average + (1 - this) * weights (Tarvainen 2017)."""
+    swa_start: float | None = knob(None, "average", typical=0.75, off=None, ge=0, lt=1)
+    """Evaluates the equal average of the weights from this fraction of the run on (Polyak 1992, Izmailov 2018)."""
+    swa_every: int = knob(1, "modifier", typical=10, off=1, ge=1)
+    """Steps between the weights that swa_start's average counts."""
+    early_stopping_patience: int = knob(0, "stopping", typical=3, ge=0)
+    """Stop after this many evaluations in a row without a new best, and restore the best (Prechelt 1998)."""
+    early_stopping_min_delta: float = knob(0.0, "modifier", typical=0.01, ge=0)
+    """What counts as a new best must be better by more than this."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Regularizers:
+        if self.ema_decay and self.swa_start is not None:
+            raise ValueError(
+                "regularizers.ema_decay and regularizers.swa_start exclude each other: both say which average is "
+                "evaluated; set ema_decay to 0 or swa_start to null"
+            )
+        return self
+
+    @property
+    def averages(self) -> bool:
+        """Whether averaged weights are kept."""
+        return self.ema_decay > 0 or self.swa_start is not None
 
 
 class Training(Section):
@@ -355,29 +401,19 @@ class Config(Section):
     checkpoint: Checkpoint = Checkpoint()
     tracking: Tracking = Tracking()
 
+    @model_validator(mode="after")
+    def _consistent(self) -> Config:
+        if self.regularizers.mixup_alpha and self.data.isolate_documents:
+            raise ValueError(
+                "regularizers.mixup_alpha excludes data.isolate_documents: a mixture has no documents of its own"
+            )
+        if self.regularizers.mixup_alpha and self.training.micro_size < 2:
+            raise ValueError(
+                "regularizers.mixup_alpha mixes inside a micro-batch: raise training.micro_batch_size to 2"
+            )
+        return self
+
     def flat(self) -> dict[str, Any]:
         """All knobs as ``{"section.key": value}``, in the order of this page."""
         nested = self.model_dump(mode="json")
         return {f"{section}.{key}": value for section, keys in nested.items() for key, value in keys.items()}
-
-    def default_name(self) -> str:
-        """Short words and a hash of everything that can change the result: the same config finds its own run."""
-        identity = {key: value for key, value in self.flat().items() if not is_free(key)}
-        digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:8]
-        corpus: str = self.data.corpus
-        if self.data.path:
-            stem = self.data.path.rstrip("/").split("/")[-1].split(".")[0]
-            corpus = "".join(c if c.isalnum() else "-" for c in stem).strip("-")[:24] or corpus
-        return f"{corpus}-{self.model.family}-{self.model.n_layers}x{self.model.d_model}-{digest}"
-
-
-# Knobs that say where a run lives, how it is watched and what is kept of it. They are left out of the default
-# name and may change on resume; every other change is another run.
-FREE = ("run.name", "run.dir", "run.resume", "training.max_nonfinite", "tracking.", "checkpoint.")
-# Knobs whose resolved value is stored with the run; a change on resume is taken, with a warning that bits may differ.
-HARDWARE = ("run.device", "run.precision", "run.compile", "run.threads")
-
-
-def is_free(key: str) -> bool:
-    """Whether the knob may change between two starts of one run without changing its result."""
-    return any(key == free or (free.endswith(".") and key.startswith(free)) for free in FREE)

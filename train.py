@@ -49,17 +49,23 @@ def train(config: Config, directory: Path, hardware: Any) -> int:
     from model.generate import sample_text
     from model.gpt import GPT
     from randomness import seed_activations
+    from regularizers.averaging import WeightAverage
+    from regularizers.inputs import draw_changes, replace_tokens
     from regularizers.objective import objective
+    from regularizers.stopping import patience_is_over
+    from regularizers.weights import add_penalty_gradients, sparsity, weight_decay_at
     from training import checkpoint, distributed, run_directory
     from training.evaluation import evaluate, plain_loss
-    from training.load_run import initial_weights
+    from training.load_run import initial_weights, read_weights
     from training.optimizer import (
         build_optimizers,
         clip_gradients,
+        decayed_parameters,
         describe_groups,
         load_optimizer_state,
         optimizer_state,
         set_learning_rate,
+        set_weight_decay,
     )
     from training.schedule import learning_rate_ratio
     from training.tracking import Metrics, draw, results_of, tell_results
@@ -84,8 +90,9 @@ def train(config: Config, directory: Path, hardware: Any) -> int:
             "restore the data, use another --run.name, or --run.resume=never"
         )
     training, evaluation, context = config.training, config.evaluation, config.model.context_length
+    regularizers, seed = config.regularizers, config.run.seed
     val_split = corpus.split("val")
-    loader = TrainingLoader(corpus.split("train"), config.data, config.run.seed, context, training.global_batch_size)
+    loader = TrainingLoader(corpus.split("train"), config.data, seed, context, training.global_batch_size)
 
     def batches_of(split: Split, max_tokens: int | None) -> EvaluationBatches:
         return evaluation_batches(split, context, training.micro_size, max_tokens, config.data.isolate_documents)
@@ -102,14 +109,16 @@ def train(config: Config, directory: Path, hardware: Any) -> int:
     targets_in_step = training.global_batch_size * context
 
     # ---------------------------------------------------------------- model and optimizer
-    model = GPT(config.model, corpus.vocab_size, config.regularizers).initialize(config.run.seed)
+    model = GPT(config.model, corpus.vocab_size, config.regularizers).initialize(seed)
     model.to(hardware.device)
     optimizers = build_optimizers(model, config)
+    average = WeightAverage(regularizers, total_steps)
     forward = torch.compile(model) if hardware.compile else model
 
     # ---------------------------------------------------------------- resume
     checkpoints = directory / "checkpoints"
     step, best, nonfinite = 0, None, 0
+    val_losses: list[float] = []  # what early stopping judges by
     if hardware.main:
         checkpoint.sweep(checkpoints)
     found = distributed.on_main(hardware, lambda: [str(part) for part in checkpoint.newest(checkpoints)[:1] if part])
@@ -120,7 +129,9 @@ def train(config: Config, directory: Path, hardware: Any) -> int:
         model.load_state_dict(checkpoint.read_tensors(newest, "model"))
         load_optimizer_state(optimizers, checkpoint.read_tensors(newest, "optimizer"))
         state = checkpoint.read_state(newest)
-        step, best, nonfinite = state["step"], state["best"], state["nonfinite"]
+        step, best, nonfinite, val_losses = state["step"], state["best"], state["nonfinite"], state["val_losses"]
+        if state["average_count"]:
+            average.load(checkpoint.read_tensors(newest, "average"), state["average_count"], model)
     if hardware.main:
         warnings += checkpoint.newest(checkpoints)[1] + run_directory.version_warnings(before.get("versions", {}))
         for warning in warnings:
@@ -153,26 +164,33 @@ def train(config: Config, directory: Path, hardware: Any) -> int:
     model.train()
     tokenizer = corpus.tokenizer()
     seconds, steps_timed = 0.0, 0
-    while step < total_steps:
+    stopped_early = patience_is_over(val_losses, regularizers)
+    while step < total_steps and not stopped_early:
         started = time.perf_counter()
         ratio = learning_rate_ratio(config.schedule, step, total_steps)
         set_learning_rate(optimizers, ratio)
+        set_weight_decay(optimizers, weight_decay_at(regularizers, step, total_steps))
         terms: dict[str, torch.Tensor] = {}
         for micro_batch in distributed.my_micro_batches(hardware, training.micro_batches):
             batch = loader.batch(step, micro_batch * training.micro_size, training.micro_size).to(hardware.device)
-            seed_activations(config.run.seed, step, micro_batch)
+            place = (seed, step, micro_batch)  # all that the randomness of this micro-batch depends on
+            seed_activations(*place)
+            tokens_BT = replace_tokens(batch.tokens_BT, regularizers.token_replacement, corpus.vocab_size, *place)
+            changes = draw_changes((*tokens_BT.shape, config.model.d_model), regularizers, *place, hardware.device)
             with hardware.autocast():
-                hidden_BTD = forward(batch.tokens_BT, batch.positions_BT, batch.documents_BT)
+                hidden_BTD = forward(tokens_BT, batch.positions_BT, batch.documents_BT, changes=changes)
             part = objective(
                 hidden_BTD.flatten(0, 1).to(hardware.dtype),
                 model.output_weight,
                 batch.targets_BT.flatten(),
-                config.regularizers,
+                regularizers,
                 targets_in_step,
+                mixed=changes.mixed_targets(batch.targets_BT) if changes else None,
             )
             part["objective"].backward()
             terms = {name: terms.get(name, 0) + value.detach() for name, value in part.items()}
         distributed.sum_gradients(model, hardware)
+        add_penalty_gradients(decayed_parameters(optimizers).values(), regularizers)
         gradient_norm = clip_gradients(model, config.optimizer.grad_clip)
 
         # A gradient that is not finite changes nothing, on no process: it is summed, so all see the same.
@@ -188,6 +206,7 @@ def train(config: Config, directory: Path, hardware: Any) -> int:
         for optimizer in optimizers:
             optimizer.zero_grad(set_to_none=True)
         step += 1
+        average.update(model, step)
         seconds, steps_timed = seconds + time.perf_counter() - started, steps_timed + 1
 
         # ------------------------------------------------------------ record
@@ -203,15 +222,20 @@ def train(config: Config, directory: Path, hardware: Any) -> int:
             seconds, steps_timed = 0.0, 0
         evaluated = step % evaluate_every == 0 or last
         if evaluated:
-            results, _ = evaluate(model, val_batches, hardware, bytes_per_token)
+            results, calibration = evaluate(model, val_batches, hardware, bytes_per_token)
             record |= {f"val/{name}": value for name, value in results.items()}
             record["gap/loss"] = results["loss"] - plain_loss(model, gap_batches, hardware)
+            if average.count:
+                with average.in_place_of(model):
+                    results, calibration = evaluate(model, val_batches, hardware, bytes_per_token)
+                record |= {f"val_average/{name}": value for name, value in results.items()}
+            val_losses.append(results["loss"])
             if best is None or results["loss"] < best["val/loss"]:
                 best = {"step": step, "val/loss": results["loss"], "val/bits_per_byte": results["bits_per_byte"]}
+            stopped_early = patience_is_over(val_losses, regularizers)
+            last = last or stopped_early
             if hardware.main and evaluation.sample_tokens:
-                record["sample"] = sample_text(
-                    model, tokenizer, "", corpus.end_of_text, evaluation.sample_tokens, config.run.seed
-                )
+                record["sample"] = sample_text(model, tokenizer, "", corpus.end_of_text, evaluation.sample_tokens, seed)
         if record and metrics is not None:
             where = {"step": step, "tokens": step * targets_in_step, "epoch": loader.epoch_at(step)}
             metrics.log(where | record)
@@ -224,7 +248,10 @@ def train(config: Config, directory: Path, hardware: Any) -> int:
             if metrics is not None:
                 metrics.sync()
                 tensors = {"model": model.state_dict(), "optimizer": optimizer_state(optimizers)}
-                state = {"best": best, "nonfinite": nonfinite, "tokens": step * targets_in_step}
+                if average.count:
+                    tensors["average"] = average.weights
+                state = {"best": best, "nonfinite": nonfinite, "val_losses": val_losses}
+                state |= {"average_count": average.count, "tokens": step * targets_in_step}
                 checkpoint.save(checkpoints, step, tensors, state)
                 run_directory.point(directory, "last", step)
                 if best is not None:
@@ -238,12 +265,12 @@ def train(config: Config, directory: Path, hardware: Any) -> int:
     status, code = "finished", FINISHED
     if nonfinite >= training.max_nonfinite:
         status, code = "failed", FAILED
-    elif step < total_steps:
+    elif step < total_steps and not stopped_early:
         status, code = "preempted", PREEMPTED
     test: dict[str, float] = {}
     if status == "finished" and best is not None and "test" in corpus.manifest["splits"]:
         test_split = corpus.split("test")
-        model.load_state_dict(checkpoint.read_tensors(checkpoint.directory_for(checkpoints, best["step"]), "model"))
+        model.load_state_dict(read_weights(checkpoint.directory_for(checkpoints, best["step"])))
         test, _ = evaluate(model, batches_of(test_split, None), hardware, test_split.n_bytes / test_split.n_tokens)
     if metrics is not None:
         summary = run_directory.update_summary(
@@ -251,6 +278,8 @@ def train(config: Config, directory: Path, hardware: Any) -> int:
             status=status,
             steps=step,
             tokens=step * targets_in_step,
+            stopped_early=stopped_early,
+            sparsity=sparsity(decayed_parameters(optimizers)) if regularizers.l1 else None,
             **results_of(metrics.records, best, test),
         )
         metrics.finish(summary, exit_code=code)

@@ -28,7 +28,8 @@ from torch.nn import functional as F
 
 from config import Model, Regularizers
 from randomness import torch_generator
-from regularizers.activations import Dropout
+from regularizers.activations import Dropout, StochasticDepth, depth_rate
+from regularizers.inputs import InputChanges
 
 INITIAL = {
     r"(embedding|positions)\.weight": "normal",
@@ -149,13 +150,14 @@ class MLP(nn.Module):
 class Block(nn.Module):
     """One pre-norm transformer block."""
 
-    def __init__(self, config: Model, rates: Regularizers) -> None:
+    def __init__(self, config: Model, rates: Regularizers, layer: int) -> None:
         super().__init__()
         self.attention_norm = make_norm(config)
         self.attention = Attention(config, rates.attention_dropout)
         self.mlp_norm = make_norm(config)
         self.mlp = MLP(config, rates.mlp_dropout)
         self.residual_dropout = Dropout(rates.residual_dropout)
+        self.stochastic_depth = StochasticDepth(depth_rate(rates.stochastic_depth, layer, config.n_layers))
 
     def forward(
         self,
@@ -166,8 +168,9 @@ class Block(nn.Module):
         cache: Cache | None,
     ) -> Tensor:
         branch_BTD = self.attention(self.attention_norm(x_BTD), rotation, mask, layer, cache)
-        x_BTD = x_BTD + self.residual_dropout(branch_BTD)
-        return x_BTD + self.residual_dropout(self.mlp(self.mlp_norm(x_BTD)))
+        x_BTD = x_BTD + self.stochastic_depth(self.residual_dropout(branch_BTD))
+        branch_BTD = self.mlp(self.mlp_norm(x_BTD))
+        return x_BTD + self.stochastic_depth(self.residual_dropout(branch_BTD))
 
 
 class GPT(nn.Module):
@@ -186,7 +189,7 @@ class GPT(nn.Module):
         self.embedding = nn.Embedding(vocab_size, config.d_model)
         self.positions = nn.Embedding(config.context_length, config.d_model) if config.family == "gpt2" else None
         self.embedding_dropout = Dropout(rates.embedding_dropout)
-        self.blocks = nn.ModuleList([Block(config, rates) for _ in range(config.n_layers)])
+        self.blocks = nn.ModuleList([Block(config, rates, layer) for layer in range(config.n_layers)])
         self.norm = make_norm(config)
         self.output = None if config.tie_embeddings else nn.Linear(config.d_model, vocab_size, bias=False)
         self.cos_TC: Tensor
@@ -202,16 +205,20 @@ class GPT(nn.Module):
         positions_BT: Tensor | None = None,
         documents_BT: Tensor | None = None,
         cache: Cache | None = None,
+        changes: InputChanges | None = None,
     ) -> Tensor:
         """The final hidden states (B, T, D), after the last norm, in fp32 outside autocast.
 
         positions_BT counts from the start of each document, and documents_BT numbers the documents of each
-        row, when documents are isolated; None: one stream. With a cache, the tokens follow those it holds.
+        row, when documents are isolated; None: one stream. With a cache, the tokens follow those it holds. ``changes``
+        are what regularizers do to the embeddings of this micro-batch, in training.
         """
         past, time = (cache.length if cache else 0), tokens_BT.shape[1]
         if past + time > self.config.context_length:
             raise ValueError(f"{past + time} tokens exceed the model's context of {self.config.context_length}")
         x_BTD = self.embedding(tokens_BT)
+        if changes is not None:
+            x_BTD = changes.apply(x_BTD)
         rotation = None
         if self.positions is not None:
             where = positions_BT if positions_BT is not None else slice(past, past + time)

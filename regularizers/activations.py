@@ -64,3 +64,28 @@ class Dropout(nn.Module):
 
     def extra_repr(self) -> str:
         return f"p={self.p}"
+
+
+class StochasticDepth(nn.Module):
+    """x·m/(1−p) with one m for each sequence: its whole residual branch vanishes or counts more (Huang 2016, timm).
+
+    The branch is multiplied, not skipped, so that compiled code and parallel processes stay alike.
+    """
+
+    def __init__(self, p: float) -> None:
+        super().__init__()
+        self.p = p
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        if self.p == 0.0 or not self.training:
+            return x_BTD
+        kept_B11 = torch.rand(len(x_BTD), 1, 1, device=x_BTD.device) >= self.p
+        return x_BTD * (kept_B11 / (1 - self.p)).to(x_BTD.dtype)
+
+    def extra_repr(self) -> str:
+        return f"p={self.p}"
+
+
+def depth_rate(p: float, layer: int, n_layers: int) -> float:
+    """Stochastic depth's rate in one block: p·l/(L−1), from 0 in the first to p in the last; 0 in a single block."""
+    return p * layer / (n_layers - 1) if n_layers > 1 else 0.0

@@ -27,7 +27,12 @@ CHUNK_NUMBERS = {"cpu": 2**24, "cuda": 2**28}
 
 
 def objective(
-    hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, config: Regularizers, n_targets: float
+    hidden_ND: Tensor,
+    weight_VD: Tensor,
+    targets_N: Tensor,
+    config: Regularizers,
+    n_targets: float,
+    mixed: tuple[Tensor, Tensor] | None = None,
 ) -> dict[str, Tensor]:
     """The objective and its terms, by name.
 
@@ -38,6 +43,8 @@ def objective(
         config: label_smoothing, z_loss and entropy_penalty are read.
         n_targets: number of targets of the whole optimizer step, over all micro-batches and processes, so that
             summing what this returns over those gives the step's means.
+        mixed: mixup's second targets (N,) and the share (N,) of the first ones; the cross-entropy, smoothed or not,
+            is then the mixture of both, while z-loss and entropy count once.
 
     Returns:
         ``objective`` is what to differentiate (nats per token); ``loss`` (plain cross-entropy), ``z_loss``
@@ -45,7 +52,7 @@ def objective(
         hidden_ND if that is float64.
     """
     knobs = (config.label_smoothing, config.z_loss, config.entropy_penalty)
-    value, loss, z_loss, entropy = _ChunkedObjective.apply(hidden_ND, weight_VD, targets_N, knobs, n_targets)
+    value, loss, z_loss, entropy = _ChunkedObjective.apply(hidden_ND, weight_VD, targets_N, knobs, n_targets, mixed)
     return {"objective": value, "loss": loss, "z_loss": z_loss, "entropy": entropy}
 
 
@@ -60,6 +67,7 @@ class _ChunkedObjective(torch.autograd.Function):
         targets_N: Tensor,
         knobs: tuple[float, float, float],
         n_targets: float,
+        mixed: tuple[Tensor, Tensor] | None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         smoothing, c, beta = knobs
         weight = weight_VD.to(hidden_ND.dtype)
@@ -79,6 +87,9 @@ class _ChunkedObjective(torch.autograd.Function):
                 target_R1 = target_R1.clamp(min=0)
                 z_RV = (hidden_RD @ weight.T).to(exact)
                 z_target_R1 = z_RV.gather(1, target_R1)
+                if mixed is not None:
+                    other_R1, share_R1 = (part[start : start + rows, None] for part in mixed)
+                    z_target_R1 = torch.lerp(z_RV.gather(1, other_R1), z_target_R1, share_R1.to(exact))
                 z_sum_R1 = z_RV.sum(1, keepdim=True) if spread else None
                 highest_R1 = z_RV.amax(1, keepdim=True)
                 if beta:
@@ -117,7 +128,11 @@ class _ChunkedObjective(torch.autograd.Function):
                     grad_RV = p_RV.mul_(scale_R1)
                 if spread:
                     grad_RV.sub_(spread * w_R1)
-                grad_RV.scatter_add_(1, target_R1, -(1 - smoothing - spread) * w_R1)
+                on_target_R1 = -(1 - smoothing - spread) * w_R1
+                if mixed is not None:
+                    grad_RV.scatter_add_(1, other_R1, on_target_R1 * (1 - share_R1))
+                    on_target_R1 = on_target_R1 * share_R1
+                grad_RV.scatter_add_(1, target_R1, on_target_R1.to(exact))
                 grad_RV = grad_RV.to(hidden_ND.dtype)
                 if hidden_grad is not None:
                     torch.mm(grad_RV, weight, out=hidden_grad[start : start + rows])
@@ -138,4 +153,4 @@ class _ChunkedObjective(torch.autograd.Function):
         hidden_grad, weight_grad = context.saved_tensors
         # The objective is the last thing before backward(): its own gradient is a scalar, nearly always 1.
         scaled = [grad if grad is None else grad * value_grad.to(grad.dtype) for grad in (hidden_grad, weight_grad)]
-        return scaled[0], scaled[1], None, None, None
+        return scaled[0], scaled[1], None, None, None, None

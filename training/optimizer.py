@@ -65,6 +65,19 @@ def set_learning_rate(optimizers: Optimizers, ratio: float) -> None:
             group["lr"] = group["peak_lr"] * ratio
 
 
+def set_weight_decay(optimizers: Optimizers, decay: float) -> None:
+    """Give each group that decays this weight decay."""
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["weight_decay"] = decay if group["decays"] else 0.0
+
+
+def decayed_parameters(optimizers: Optimizers) -> dict[str, Tensor]:
+    """The parameters on which weight decay, L1 and L2 act, by name."""
+    groups = [group for optimizer in optimizers for group in optimizer.param_groups if group["decays"]]
+    return {name: weight for group in groups for name, weight in zip(group["names"], group["params"], strict=True)}
+
+
 def describe_groups(optimizers: Optimizers) -> list[str]:
     """A line for each group: optimizer, tensors, numbers, peak learning rate, decay and its timescale."""
     lines = []

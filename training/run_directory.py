@@ -6,6 +6,7 @@ runs/<name>/  config.yaml  metrics.jsonl  summary.json  checkpoints/  best.json 
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import json
 import os
 import platform
@@ -19,13 +20,35 @@ from typing import Any, TextIO
 import yaml
 
 from command_line import dump
-from config import HARDWARE, BadInput, Config, is_free
+from config import BadInput, Config
 from training.checkpoint import directory_for, existing, write_json
+
+# Knobs that say where a run lives, how it is watched and what is kept of it. They are left out of the default
+# name and may change on resume; every other change is another run.
+FREE = ("run.name", "run.dir", "run.resume", "training.max_nonfinite", "tracking.", "checkpoint.")
+# Knobs whose resolved value is stored with the run; a change on resume is taken, with a warning that bits may differ.
+HARDWARE = ("run.device", "run.precision", "run.compile", "run.threads")
+
+
+def is_free(key: str) -> bool:
+    """Whether the knob may change between two starts of one run without changing its result."""
+    return any(key == free or (free.endswith(".") and key.startswith(free)) for free in FREE)
+
+
+def default_name(config: Config) -> str:
+    """Short words and a hash of everything that can change the result: the same config finds its own run."""
+    identity = {key: value for key, value in config.flat().items() if not is_free(key)}
+    digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:8]
+    corpus: str = config.data.corpus
+    if config.data.path:
+        stem = config.data.path.rstrip("/").split("/")[-1].split(".")[0]
+        corpus = "".join(c if c.isalnum() else "-" for c in stem).strip("-")[:24] or corpus
+    return f"{corpus}-{config.model.family}-{config.model.n_layers}x{config.model.d_model}-{digest}"
 
 
 def path_of(config: Config) -> Path:
     """The run's directory: run.dir and run.name, or the name made from the config."""
-    return Path(config.run.dir) / (config.run.name or config.default_name())
+    return Path(config.run.dir) / (config.run.name or default_name(config))
 
 
 def lock(directory: Path) -> TextIO:

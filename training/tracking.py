@@ -7,6 +7,7 @@ goes on, and one warning says so.
 from __future__ import annotations
 
 import json
+import math
 import netrc
 import os
 import secrets
@@ -57,7 +58,8 @@ class Metrics:
 
     def log(self, record: dict[str, Any]) -> None:
         """One line: ``record`` has step, tokens, epoch and metrics."""
-        record = {key: round(value, 8) if isinstance(value, float) else value for key, value in record.items()}
+        # JSON has no word for nan and inf: what is not finite is logged as null.
+        record = {key: finite(value) if isinstance(value, float) else value for key, value in record.items()}
         self.records.append(record)
         self.file.write(json.dumps(record) + "\n")
         self.file.flush()
@@ -99,7 +101,9 @@ class Metrics:
             "val_average/loss": "average",
             "val/bits_per_byte": "bits/byte",
         }
-        words += [f"{word} {record[name]:.4f}" for name, word in names.items() if name in record]
+        for name, word in names.items():
+            if name in record:
+                words.append(f"{word} {record[name]:.4f}" if record[name] is not None else f"{word} not finite")
         if "train/lr" in record:
             words.append(f"lr {record['train/lr']:.2e}")
         if "train/tokens_per_second" in record:
@@ -170,6 +174,11 @@ def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
+def finite(value: float) -> float | None:
+    """The value, or None if it is infinite or not a number."""
+    return value if math.isfinite(value) else None
+
+
 def draw(directory: Path, records: list[dict[str, Any]]) -> None:
     """curves.png and samples.txt, both made anew from the records."""
     curves(records, directory / "curves.png", directory.name)
@@ -183,7 +192,7 @@ def results_of(records: list[dict[str, Any]], best: dict[str, Any] | None, test:
     if best is not None:
         results |= {f"best/{name}": value for name, value in best.items()}
     for name in ("val/loss", "val/bits_per_byte", "gap/loss", "train/loss"):
-        values = [record[name] for record in records if name in record]
+        values = [record[name] for record in records if record.get(name) is not None]
         if values:
             results[f"final/{name}"] = values[-1]
     speeds = sorted(record["train/tokens_per_second"] for record in records if "train/tokens_per_second" in record)
@@ -200,6 +209,9 @@ def tell_results(directory: Path, summary: dict[str, Any], again: bool) -> None:
         print(f"\nThis run is finished already ({steps}); nothing was done. --run.resume=never starts it afresh.")
     elif status == "preempted":
         print(f"\nStopped after {steps}, as asked. The same command goes on from here.")
+    elif summary.get("stopped_early"):
+        print(f"\nStopped early after {steps}: val had stopped improving.")
+        print(f"The best weights, of step {summary['best/step']}, are what is tested, loaded and exported.")
     else:
         print(f"\n{status.capitalize()} after {steps}.")
     if "best/val/loss" in summary and status != "preempted":
@@ -215,6 +227,9 @@ def tell_results(directory: Path, summary: dict[str, Any], again: bool) -> None:
                 f"test loss         {summary['test/loss']:.4f} nats per token, "
                 f"{summary['test/bits_per_byte']:.4f} bits per byte (the best checkpoint)"
             )
+        if summary.get("sparsity"):
+            shares = summary["sparsity"].values()
+            print(f"sparsity          {sum(shares) / len(shares):.1%} of a decayed tensor's weights are near zero")
         print(f"tokens per second {summary['tokens_per_second']:,.0f}")
     print(f"run directory     {directory}")
     if (directory / "curves.png").exists():

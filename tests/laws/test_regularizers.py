@@ -25,7 +25,8 @@ from data.loader import evaluation_batches
 from data.shards import Corpus
 from model.gpt import GPT
 from randomness import seed_for
-from regularizers import activations, objective
+from regularizers import activations, averaging, inputs, objective, stopping, weights
+from training import optimizer
 from training.checkpoint import existing, read_tensors
 from training.distributed import Hardware
 from training.evaluation import evaluate
@@ -38,7 +39,17 @@ DECLARED: dict[str, dict[str, Any]] = {
 OFF = {name: knob["off"] for name, knob in DECLARED.items()}
 KINDS = {"input", "activation", "objective", "weights", "average", "stopping", "modifier"}
 # A modifier acts on other knobs, which must be on for it to be seen.
-COMPANIONS: dict[str, dict[str, Any]] = {"decay_embeddings": {"weight_decay": 0.1}}
+COMPANIONS: dict[str, dict[str, Any]] = {
+    "weight_decay_schedule": {"weight_decay": 0.1},
+    "weight_decay_end": {"weight_decay": 0.1, "weight_decay_schedule": "linear"},
+    "decay_embeddings": {"weight_decay": 0.1},
+    "swa_every": {"swa_start": 0.0},
+    "early_stopping_min_delta": {"early_stopping_patience": 1},
+}
+# Typical values that would act too late to be seen within five steps.
+WITHIN_FIVE_STEPS = {"swa_every": 2, "swa_start": 0.4, "early_stopping_patience": 1, "early_stopping_min_delta": 9.0}
+# With these five evaluations, one a step, none counts as an improvement after the first.
+NEVER_BETTER = {"early_stopping_min_delta": 9.0}
 
 
 def of_kind(*kinds: str) -> list[str]:
@@ -63,6 +74,7 @@ class Outcome:
     objectives: list[float]
     norms: list[float]
     weights: dict[str, Tensor]
+    average: dict[str, Tensor]
     directory: Path
 
 
@@ -74,7 +86,7 @@ def five_steps(tmp_path_factory: pytest.TempPathFactory, text_file: Path) -> Cal
 
     def run(**knobs: Any) -> Outcome:
         changes = TINY | {"data.path": str(text_file), "run.name": f"run{next(count)}", "tracking.log_every": "1"}
-        changes |= {"training.max_steps": "5", "evaluation.every": "5", "evaluation.sample_tokens": "0"}
+        changes |= {"training.max_steps": "5", "evaluation.every": "1", "evaluation.sample_tokens": "0"}
         changes |= {"training.micro_batch_size": "4", "evaluation.max_tokens": "300"}
         changes |= {f"regularizers.{name}": "null" if v is None else str(v) for name, v in (OFF | knobs).items()}
         before = os.getcwd()
@@ -86,7 +98,9 @@ def five_steps(tmp_path_factory: pytest.TempPathFactory, text_file: Path) -> Cal
         directory = home / "runs" / changes["run.name"]
         records = read_metrics(directory)
         columns = [[r[name] for r in records] for name in ("train/loss", "train/objective", "train/grad_norm")]
-        return Outcome(*columns, read_tensors(existing(directory / "checkpoints")[0], "model"), directory)
+        last = existing(directory / "checkpoints")[0]
+        average = read_tensors(last, "average") if (last / "average.safetensors").exists() else {}
+        return Outcome(*columns, read_tensors(last, "model"), average, directory)
 
     return run
 
@@ -98,21 +112,27 @@ def all_off(five_steps: Callable[..., Outcome]) -> Outcome:
 
 def same_bits(one: Outcome, other: Outcome) -> bool:
     numbers = (one.losses, one.objectives, one.norms) == (other.losses, other.objectives, other.norms)
-    return numbers and all(torch.equal(one.weights[name], other.weights[name]) for name in one.weights)
+    return numbers and same_tensors(one.weights, other.weights) and same_tensors(one.average, other.average)
+
+
+def same_tensors(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
 def without_objective_terms() -> Any:
     """The objective's module with every branch on a knob taken out of its source."""
     source = inspect.getsource(objective)
-    for branch in ("if beta:", "if c:", "if spread:", "if z_sum_R1 is not None:"):
+    for branch in ("if beta:", "if c:", "if spread:", "if z_sum_R1 is not None:", "if mixed is not None:"):
         assert branch in source
         source = source.replace(branch, "if False:")
-    source = source.replace("w_R1 * (1 + 2 * c * log_z_R1) if c else w_R1", "w_R1")
-    source = source.replace("z_RV.sum(1, keepdim=True) if spread else None", "None")
-    source = source.replace("-(1 - smoothing - spread) * w_R1", "-w_R1")
-    source = source.replace(
-        "knobs = (config.label_smoothing, config.z_loss, config.entropy_penalty)", "knobs = (0, 0, 0)"
-    )
+    for before, after in {
+        "w_R1 * (1 + 2 * c * log_z_R1) if c else w_R1": "w_R1",
+        "z_RV.sum(1, keepdim=True) if spread else None": "None",
+        "-(1 - smoothing - spread) * w_R1": "-w_R1",
+        "knobs = (config.label_smoothing, config.z_loss, config.entropy_penalty)": "knobs = (0, 0, 0)",
+    }.items():
+        assert before in source
+        source = source.replace(before, after)
     namespace: dict[str, Any] = {"__name__": "objective_without_terms"}
     exec(compile(source, "objective_without_terms", "exec"), namespace)
     return namespace["objective"]
@@ -123,17 +143,29 @@ def take_out(kind: str, patch: pytest.MonkeyPatch) -> None:
     if kind == "activation":
         patch.setattr(activations.Dropout, "forward", lambda self, x: x)
         patch.setattr(activations.Dropout, "rate", property(lambda self: 0.0))
+        patch.setattr(activations.StochasticDepth, "forward", lambda self, x: x)
+    elif kind == "input":
+        patch.setattr(inputs, "replace_tokens", lambda tokens, *rest: tokens)
+        patch.setattr(inputs, "draw_changes", lambda *rest: None)
     elif kind == "objective":
         patch.setattr(objective, "objective", without_objective_terms())
-    elif kind in ("weights", "modifier"):
-        # Adam has no decay at all.
-        plain = torch.optim.Adam
+    elif kind == "weights":
+        plain = torch.optim.Adam  # has no decay at all
 
         def adam(groups: list[dict[str, Any]], **settings: Any) -> torch.optim.Optimizer:
             return plain([{k: v for k, v in group.items() if k != "weight_decay"} for group in groups], **settings)
 
         patch.setattr(torch.optim, "AdamW", adam)
-        patch.setattr("training.optimizer.describe_groups", lambda optimizers: [])
+        patch.setattr(optimizer, "set_weight_decay", lambda *rest: None)
+        patch.setattr(optimizer, "describe_groups", lambda *rest: [])
+        patch.setattr(weights, "add_penalty_gradients", lambda *rest: None)
+    elif kind == "average":
+        patch.setattr(averaging.WeightAverage, "update", lambda *rest: None)
+    elif kind == "stopping":
+        patch.setattr(stopping, "patience_is_over", lambda *rest: False)
+    elif kind == "modifier":
+        # What a modifier modifies, in the form it has without the modifier.
+        patch.setattr(weights, "weight_decay_at", lambda config, *rest: config.weight_decay)
     else:
         raise AssertionError(f"law 1 does not know how to take out regularizers of the kind {kind!r}")
 
@@ -149,24 +181,33 @@ def test_off_is_absent(kind: str, five_steps: Callable[..., Outcome], all_off: O
 def test_on_acts_in_training_only(
     name: str, five_steps: Callable[..., Outcome], all_off: Outcome, text_file: Path
 ) -> None:
-    knob, companions = DECLARED[name], COMPANIONS.get(name, {})
+    kind, companions = DECLARED[name]["kind"], COMPANIONS.get(name, {})
+    if kind == "stopping":
+        companions = NEVER_BETTER
     base = five_steps(**companions) if companions else all_off
-    on = five_steps(**companions, **{name: knob["typical"]})
+    value = WITHIN_FIVE_STEPS.get(name, DECLARED[name]["typical"])
+    on = five_steps(**companions | {name: value})
     assert not same_bits(on, base), f"{name} changes nothing"
-    kind = knob["kind"]
+    steps = min(len(on.losses), len(base.losses))
     if kind in ("activation", "input"):
         assert on.losses[0] != base.losses[0]
     elif kind == "objective":
         assert on.losses[0] == base.losses[0] and on.objectives[0] != base.objectives[0]
-    elif kind in ("weights", "modifier"):
+    elif kind == "weights":
         assert on.losses[0] == base.losses[0] and on.losses[-1] != base.losses[-1]
+    elif kind == "average":
+        assert on.losses == base.losses and same_tensors(on.weights, base.weights)
+        assert on.average and not same_tensors(on.average, on.weights)
+        assert "val_average/loss" in read_metrics(on.directory)[-1]
+    elif kind == "stopping":
+        assert len(on.losses) < len(base.losses) == 5 and on.losses[:steps] == base.losses[:steps]
     # The evaluation of given weights, by models with and without it, is the same to the last bit.
     corpus = Corpus.open(next((on.directory.parent.parent / "corpora").glob("[!.]*")))
     batches = evaluation_batches(corpus.split("val"), 32, 8, max_tokens=300)
     shape = Model(n_layers=2, d_model=32, n_heads=2, context_length=32)
     hardware = Hardware(0, 1, torch.device("cpu"), "fp32", False, 1)
     results = []
-    for values in (OFF, OFF | companions | {name: knob["typical"]}):
+    for values in (OFF, OFF | companions | {name: value}):
         model = GPT(shape, corpus.vocab_size, Regularizers.model_validate(values))
         model.load_state_dict(on.weights)
         results.append(evaluate(model.train(), batches, hardware, 1.0)[0])
@@ -176,19 +217,32 @@ def test_on_acts_in_training_only(
 
 @pytest.mark.parametrize("name", of_kind("activation"))
 @pytest.mark.parametrize("p", [0.05, 0.1, 0.2, 0.5])
-def test_expectation_is_kept(name: str, p: float) -> None:
+def test_activations_keep_their_expectation(name: str, p: float) -> None:
     """At its own site the mean of what comes out is what went in, within 4 standard errors."""
-    model = GPT(Model(n_layers=1, d_model=8, n_heads=2, context_length=8), 11, Regularizers.model_validate({name: p}))
-    sites = [module for module in model.modules() if isinstance(module, activations.Dropout) and module.p > 0]
+    shape = Model(n_layers=2, d_model=8, n_heads=2, context_length=8)
+    model = GPT(shape, 11, Regularizers.model_validate(OFF | {name: p}))
+    sites = [module for module in model.modules() if getattr(module, "p", 0.0) > 0]
     assert sites
     torch.manual_seed(seed_for(0, name, round(100 * p)))
     for site in sites:
         draws = 400_000
-        kept = site.train()(torch.ones(draws))
-        q = (kept == 0).double().mean().item()
-        rate = activations.mask_rate(p)[2]
+        kept = site.train()(torch.ones(draws, 1, 1))
+        rate = activations.mask_rate(p)[2] if isinstance(site, activations.Dropout) else p
         error = (rate * (1 - rate) / draws) ** 0.5
-        assert abs(q - rate) < 4 * error and abs(rate - p) <= p / 50
+        assert abs((kept == 0).double().mean().item() - rate) < 4 * error and abs(rate - p) <= p / 50
         assert kept.max().item() == pytest.approx(1 / (1 - rate), rel=1e-6)
         assert kept.double().mean().item() == pytest.approx(1.0, abs=4 * error / (1 - rate))
         assert site.eval()(kept) is kept
+
+
+@pytest.mark.parametrize("name", ["embedding_noise", "token_dropout"])
+def test_inputs_keep_their_expectation(name: str) -> None:
+    knobs = Regularizers.model_validate(OFF | {name: DECLARED[name]["typical"]})
+    x_BTD = torch.full((8, 64, 4), 3.0)
+    draws = [inputs.draw_changes((8, 64, 4), knobs, 0, step, 0, torch.device("cpu")) for step in range(200)]
+    changed = torch.stack([draw.apply(x_BTD) for draw in draws if draw is not None]).double()
+    assert len(changed) == 200
+    # One draw a position for token dropout, one a number for noise.
+    independent = changed[..., 0] if name == "token_dropout" else changed
+    error = independent.std().item() / independent.numel() ** 0.5
+    assert independent.mean().item() == pytest.approx(3.0, abs=4 * error)

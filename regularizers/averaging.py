@@ -1,0 +1,61 @@
+"""Averaged weights: trained by nobody, evaluated, saved and exported in place of the raw ones.
+
+EMA: θ̄ ← d·θ̄ + (1−d)·θ after each step (Tarvainen 2017). SWA: the equal average of the weights after every
+``swa_every`` steps from the fraction ``swa_start`` of the run on (Polyak 1992, Izmailov 2018). Either average
+starts as the weights after its first counted step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from config import Regularizers
+
+
+class WeightAverage:
+    """The average of a model's weights, in their own precision, on their own device."""
+
+    def __init__(self, config: Regularizers, total_steps: int) -> None:
+        self.config, self.total_steps = config, total_steps
+        self.count = 0  # weights that went into it
+        self.weights: dict[str, Tensor] = {}
+
+    @torch.no_grad()
+    def update(self, model: nn.Module, step: int) -> None:
+        """Take in the weights after ``step`` steps, if the average counts that step."""
+        config = self.config
+        if config.swa_start is not None:
+            since = step - max(1, round(config.swa_start * self.total_steps))
+            if since < 0 or since % config.swa_every:
+                return
+        elif not config.ema_decay:
+            return
+        raw = dict(model.named_parameters())
+        if self.count == 0:
+            self.weights = {name: weight.detach().clone() for name, weight in raw.items()}
+        else:
+            new = 1 - config.ema_decay if config.ema_decay else 1 / (self.count + 1)
+            torch._foreach_lerp_(list(self.weights.values()), [raw[name].detach() for name in self.weights], new)
+        self.count += 1
+
+    def load(self, weights: dict[str, Tensor], count: int, model: nn.Module) -> None:
+        """Go on from a checkpoint's averaged weights."""
+        devices = {name: weight.device for name, weight in model.named_parameters()}
+        self.weights, self.count = {name: weight.to(devices[name]) for name, weight in weights.items()}, count
+
+    @contextmanager
+    def in_place_of(self, model: nn.Module) -> Iterator[None]:
+        """The model has the averaged weights inside this context, and its own, bit for bit, after it."""
+        parameters = dict(model.named_parameters())
+        raw = {name: parameters[name].data for name in self.weights}
+        try:
+            for name, weight in self.weights.items():
+                parameters[name].data = weight
+            yield
+        finally:
+            for name, weight in raw.items():
+                parameters[name].data = weight

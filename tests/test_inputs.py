@@ -1,0 +1,107 @@
+"""What is done to the inputs, in its order, by hand and by statistics."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from config import Model, Regularizers
+from model.gpt import GPT
+from regularizers.inputs import InputChanges, draw_changes, replace_tokens
+from regularizers.objective import objective
+
+CPU = torch.device("cpu")
+
+
+def test_noise_then_token_dropout_then_mixup_by_hand() -> None:
+    """Two sequences of one position, one wide: 1 and 2; noise +1 and +2; the second is dropped, the first doubled.
+
+    (1+1)·2 = 4 and (2+2)·0 = 0. The first keeps 3/4 of itself: 3. The second keeps half: 0.5·0 + 0.5·4 = 2.
+    """
+    changes = InputChanges(
+        noise_BTD=torch.tensor([[[1.0]], [[2.0]]]),
+        keep_BT=torch.tensor([[2.0], [0.0]]),
+        partner_B=torch.tensor([1, 0]),
+        share_B=torch.tensor([0.75, 0.5]),
+    )
+    assert changes.apply(torch.tensor([[[1.0]], [[2.0]]])).flatten().tolist() == [3.0, 2.0]
+
+
+def test_the_model_applies_them_before_positions() -> None:
+    """With every embedding dropped, what is left are the positions: all sequences look the same."""
+    model = GPT(Model(family="gpt2", n_layers=1, d_model=8, n_heads=2, context_length=4), 11).initialize(0)
+    tokens = torch.tensor([[1, 2, 3, 4], [5, 6, 7, 8]])
+    nothing = model(tokens, changes=InputChanges(keep_BT=torch.zeros(2, 4)))
+    torch.testing.assert_close(nothing[0], nothing[1])
+    assert not torch.allclose(nothing[0, 0], nothing[0, 1])
+
+
+def test_replacement_rate_and_range() -> None:
+    tokens = torch.full((64, 512), 5)
+    replaced = replace_tokens(tokens, 0.2, 50, 0, 0, 0)
+    expected = 0.2 * 49 / 50  # one in fifty draws the id that was there
+    error = math.sqrt(expected * (1 - expected) / tokens.numel())
+    assert (replaced != 5).double().mean().item() == pytest.approx(expected, abs=4 * error)
+    counts = torch.bincount(replaced[replaced != 5], minlength=50).double()
+    mean = counts.sum() / 49
+    chi_squared = ((counts - mean) ** 2 / mean)[torch.arange(50) != 5].sum().item()
+    assert chi_squared < 94  # 48 degrees of freedom, p = 1e-4
+    assert replace_tokens(tokens, 0.0, 50, 0, 0, 0) is tokens
+
+
+def test_each_place_of_the_run_draws_its_own() -> None:
+    knobs = Regularizers(token_dropout=0.5, mixup_alpha=1.0, embedding_noise=5.0)
+    places = [(0, 0, 0), (0, 1, 0), (0, 0, 1), (1, 0, 0)]
+    drawn = [draw_changes((4, 64, 2), knobs, *place, CPU) for place in places]
+    again = draw_changes((4, 64, 2), knobs, *places[0], CPU)
+    assert drawn[0] is not None and again is not None
+    for field in ("noise_BTD", "keep_BT", "partner_B", "share_B"):
+        assert torch.equal(getattr(drawn[0], field), getattr(again, field))
+        if field != "partner_B":  # only 24 permutations of four
+            assert all(not torch.equal(getattr(drawn[0], field), getattr(other, field)) for other in drawn[1:])
+    # One knob's draws do not move when another is switched on.
+    alone = draw_changes((4, 64, 2), Regularizers(token_dropout=0.5), *places[0], CPU)
+    assert alone is not None and torch.equal(alone.keep_BT, drawn[0].keep_BT)
+
+
+def test_noise_has_neftunes_size() -> None:
+    changes = draw_changes((8, 100, 16), Regularizers(embedding_noise=5.0), 0, 0, 0, CPU)
+    assert changes is not None and changes.noise_BTD is not None
+    limit = 5 / math.sqrt(100 * 16)
+    assert changes.noise_BTD.abs().max().item() == pytest.approx(limit, rel=1e-3)
+    assert changes.noise_BTD.std().item() == pytest.approx(limit / math.sqrt(3), rel=0.02)
+
+
+def test_mixup_shares_follow_their_beta() -> None:
+    shares = torch.cat(
+        [
+            draw_changes((64, 2, 2), Regularizers(mixup_alpha=0.4), 0, step, 0, CPU).share_B  # type: ignore[union-attr]
+            for step in range(100)
+        ]
+    ).double()
+    variance = 0.25 / (2 * 0.4 + 1)  # of Beta(α, α)
+    assert shares.mean().item() == pytest.approx(0.5, abs=4 * math.sqrt(variance / len(shares)))
+    assert shares.var().item() == pytest.approx(variance, rel=0.05)
+
+
+def test_mixed_objective_is_the_mixture_of_both() -> None:
+    """λ·CE(y) + (1−λ)·CE(y'), smoothed or not; z-loss and entropy count once."""
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(6, 5, generator=generator, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(9, 5, generator=generator, dtype=torch.float64, requires_grad=True)
+    first, second = torch.tensor([0, 1, 2, 3, 4, 5]), torch.tensor([8, 1, 0, 7, 2, 2])
+    share = torch.tensor([0.0, 0.3, 1.0, 0.5, 0.9, 0.2], dtype=torch.float64)
+    knobs = Regularizers(label_smoothing=0.1, z_loss=0.01, entropy_penalty=0.2)
+    found = objective(hidden, weight, first, knobs, 6.0, mixed=(second, share))
+
+    def alone(row: int, target: torch.Tensor) -> dict[str, torch.Tensor]:
+        return objective(hidden[row : row + 1], weight, target[row : row + 1], knobs, 6.0)
+
+    for name in ("objective", "loss", "z_loss", "entropy"):
+        parts = [share[r] * alone(r, first)[name] + (1 - share[r]) * alone(r, second)[name] for r in range(6)]
+        assert found[name].item() == pytest.approx(sum(parts).item(), rel=1e-12)  # type: ignore[union-attr]
+    assert torch.autograd.gradcheck(
+        lambda h, w: objective(h, w, first, knobs, 6.0, mixed=(second, share))["objective"], (hidden, weight)
+    )

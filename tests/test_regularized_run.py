@@ -1,0 +1,140 @@
+"""Every regularizer at once, through the real program: resume, processes, early stopping, averaged weights."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT
+
+from training.checkpoint import existing, read_tensors
+from training.load_run import load_model
+from training.tracking import read_metrics
+
+Train = Callable[..., subprocess.CompletedProcess[str]]
+Flags = Callable[..., list[str]]
+
+EVERYTHING = {
+    "embedding_dropout": 0.1,
+    "attention_dropout": 0.1,
+    "residual_dropout": 0.1,
+    "mlp_dropout": 0.1,
+    "stochastic_depth": 0.2,
+    "token_dropout": 0.1,
+    "token_replacement": 0.1,
+    "embedding_noise": 5.0,
+    "mixup_alpha": 0.4,
+    "label_smoothing": 0.1,
+    "z_loss": 1e-4,
+    "entropy_penalty": 0.05,
+    "weight_decay": 0.2,
+    "weight_decay_schedule": "cosine",
+    "l1": 1e-5,
+    "l2": 1e-4,
+    "ema_decay": 0.9,
+    "early_stopping_patience": 50,
+}
+KNOBS = {f"regularizers__{name}": value for name, value in EVERYTHING.items()}
+
+
+def test_killed_with_everything_on(train: Train, tiny: Flags, tmp_path: Path) -> None:
+    """kill -9 and the same command: model, optimizer and average end with the same bits as without."""
+    alone = tiny(run__name="alone", checkpoint__every=5, **KNOBS)
+    assert train(alone).returncode == 0
+    flags = tiny(checkpoint__every=5, tracking__log_every=1, **KNOBS)
+    process = subprocess.Popen([sys.executable, str(ROOT / "train.py"), *flags], cwd=tmp_path, stdout=subprocess.PIPE)
+    while len(read_metrics(tmp_path / "runs/tiny")) < 12 and process.poll() is None:
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    ended = train(flags)
+    assert "goes on from step" in ended.stdout, ended.stderr
+    last = [existing(tmp_path / "runs" / name / "checkpoints")[0] for name in ("alone", "tiny")]
+    for file in ("model", "optimizer", "average"):
+        one, other = (read_tensors(path, file) for path in last)
+        assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_processes_and_micro_batches_change_nothing(train: Train, tiny: Flags, tmp_path: Path) -> None:
+    """1 process × 4 micro-batches and 2 × 2 agree to float rounding with every regularizer on (law 5)."""
+    sizes = {"training__micro_batch_size": 2, "tracking__log_every": 1, **KNOBS}
+    assert train(tiny(run__name="one", **sizes)).returncode == 0
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    command += [str(ROOT / "train.py"), *tiny(run__name="two", **sizes)]
+    ended = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120, env=dict(os.environ))
+    assert ended.returncode == 0, ended.stderr
+    one, two = (read_metrics(tmp_path / "runs" / name) for name in ("one", "two"))
+    assert len(one) == len(two) == 24
+    for a, b in zip(one, two, strict=True):
+        for name in ("train/loss", "train/objective", "train/entropy", "val/loss", "val_average/loss", "val/ece"):
+            if name in a:
+                assert a[name] == pytest.approx(b[name], abs=1e-5), (a["step"], name)
+
+
+@pytest.mark.parametrize("every", ["3", "epoch"])
+def test_early_stopping_stops_restores_and_resumes(every: str, train: Train, tiny: Flags, tmp_path: Path) -> None:
+    """At a learning rate that ruins the model, val gets worse: the run ends early with the best weights."""
+    knobs = {"regularizers__early_stopping_patience": 2, "evaluation__every": every, "tracking__log_every": 1}
+    knobs |= {
+        "training__max_steps": 2000,
+        "data__train_tokens": 600,
+        "optimizer__lr": 0.05,
+        "data__test_fraction": 0.05,
+    }
+    knobs |= {"schedule__name": "constant", "regularizers__weight_decay": 0}
+    ended = train(tiny(**knobs))
+    assert ended.returncode == 0, ended.stderr
+    run = tmp_path / "runs/tiny"
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["status"] == "finished" and summary["stopped_early"] and summary["steps"] < 2000
+    assert "Stopped early" in ended.stdout and f"step {summary['best/step']}" in ended.stdout
+    losses = {record["step"]: record["val/loss"] for record in read_metrics(run) if "val/loss" in record}
+    assert summary["best/step"] == min(losses, key=losses.__getitem__) == list(losses)[-3]
+    # What is loaded, exported and tested is the best.
+    best, _, _ = load_model(run)
+    stored = read_tensors(run / f"checkpoints/step_{summary['best/step']:08d}", "model")
+    assert all(torch.equal(value, stored[name]) for name, value in best.state_dict().items())
+    # Killed before its last evaluation and started again, it stops at the same step.
+    flags = tiny(**knobs | {"run__name": "again", "checkpoint__every": 1})
+    process = subprocess.Popen([sys.executable, str(ROOT / "train.py"), *flags], cwd=tmp_path, stdout=subprocess.PIPE)
+    again = tmp_path / "runs/again"
+    while len(read_metrics(again)) < summary["steps"] - 1 and process.poll() is None:
+        time.sleep(0.001)
+    process.kill()
+    process.wait()
+    assert train(flags).returncode == 0
+    assert json.loads((again / "summary.json").read_text())["steps"] == summary["steps"]
+    assert [r.get("val/loss") for r in read_metrics(again)] == [r.get("val/loss") for r in read_metrics(run)]
+
+
+def test_the_average_is_what_is_judged_saved_and_loaded(train: Train, tiny: Flags, tmp_path: Path) -> None:
+    assert train(tiny(regularizers__swa_start=0.5, regularizers__swa_every=2)).returncode == 0
+    run = tmp_path / "runs/tiny"
+    records = [record for record in read_metrics(run) if "val/loss" in record]
+    assert ["val_average/loss" in record for record in records] == [False, True, True]
+    summary = json.loads((run / "summary.json").read_text())
+    judged = {record["step"]: record.get("val_average/loss", record["val/loss"]) for record in records}
+    assert summary["best/val/loss"] == min(judged.values())
+    last = existing(run / "checkpoints")[0]
+    raw, average = read_tensors(last, "model"), read_tensors(last, "average")
+    assert any(not torch.equal(raw[name], average[name]) for name in raw)
+    model, _, _ = load_model(last)
+    assert all(torch.equal(value, average[name]) for name, value in model.state_dict().items())
+
+
+def test_l1_reports_the_share_of_small_weights(train: Train, tiny: Flags, tmp_path: Path) -> None:
+    for name, l1 in (("plain", 1e-12), ("sparse", 0.05)):
+        assert train(tiny(run__name=name, regularizers__l1=l1, training__max_steps=60)).returncode == 0
+    plain, sparse = (
+        json.loads((tmp_path / "runs" / name / "summary.json").read_text())["sparsity"] for name in ("plain", "sparse")
+    )
+    assert set(plain) == set(sparse) and "blocks.0.mlp.input.weight" in plain
+    assert sum(sparse.values()) > 2 * sum(plain.values())

@@ -1,0 +1,98 @@
+"""Penalties against autograd, the decay's schedule against literals, averages against torch's own, stopping by hand."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from config import Regularizers
+from regularizers.averaging import WeightAverage
+from regularizers.stopping import evaluations_without_improvement, patience_is_over
+from regularizers.weights import add_penalty_gradients, sparsity, weight_decay_at
+
+
+@pytest.mark.parametrize(("l1", "l2"), [(0.3, 0.0), (0.0, 0.2), (0.3, 0.2)])
+def test_penalties_are_the_gradient_of_the_penalty(l1: float, l2: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(7, 5, generator=generator, dtype=torch.float64, requires_grad=True)
+    data = torch.randn(7, 5, generator=generator, dtype=torch.float64)
+    expected = torch.autograd.grad((weight * data).sum() + l1 * weight.abs().sum() + l2 * weight.square().sum(), weight)
+    (weight * data).sum().backward()
+    add_penalty_gradients([weight], Regularizers(l1=l1, l2=l2))
+    torch.testing.assert_close(weight.grad, expected[0], rtol=1e-12, atol=0)
+
+
+def test_decay_schedule() -> None:
+    def values(schedule: str) -> list[float]:
+        knobs = Regularizers.model_validate(
+            {"weight_decay": 0.8, "weight_decay_end": 0.2, "weight_decay_schedule": schedule}
+        )
+        return [weight_decay_at(knobs, step, 5) for step in range(5)]
+
+    assert values("constant") == [0.8] * 5
+    assert values("linear") == pytest.approx([0.8, 0.65, 0.5, 0.35, 0.2])
+    assert values("cosine") == pytest.approx([0.8, 0.5 + 0.3 * 0.5**0.5, 0.5, 0.5 - 0.3 * 0.5**0.5, 0.2])
+
+
+def test_sparsity() -> None:
+    found = sparsity({"a": torch.tensor([0.0, 5e-4, -5e-4, 1.0]), "b": torch.ones(2)})
+    assert found == {"a": 0.75, "b": 0.0}
+
+
+def walk(model: nn.Linear, steps: int) -> None:
+    with torch.no_grad():
+        model.weight.add_(torch.randn(model.weight.shape, generator=torch.Generator().manual_seed(steps)))
+
+
+def test_ema_is_torchs() -> None:
+    model = nn.Linear(3, 3)
+    theirs = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.9))
+    ours = WeightAverage(Regularizers(ema_decay=0.9), total_steps=20)
+    for step in range(1, 21):
+        walk(model, step)
+        ours.update(model, step)
+        theirs.update_parameters(model)
+    torch.testing.assert_close(ours.weights["weight"], theirs.module.weight.detach(), rtol=1e-6, atol=1e-7)
+    assert ours.count == 20
+
+
+def test_swa_is_torchs_over_the_counted_steps() -> None:
+    model = nn.Linear(3, 3)
+    theirs = AveragedModel(model)
+    ours = WeightAverage(Regularizers(swa_start=0.5, swa_every=3), total_steps=20)
+    counted = []
+    for step in range(1, 21):
+        walk(model, step)
+        before = ours.count
+        ours.update(model, step)
+        if ours.count > before:
+            counted.append(step)
+            theirs.update_parameters(model)
+    assert counted == [10, 13, 16, 19]
+    torch.testing.assert_close(ours.weights["weight"], theirs.module.weight.detach(), rtol=1e-6, atol=1e-7)
+
+
+def test_the_models_own_weights_come_back_bit_for_bit() -> None:
+    model = nn.Linear(3, 3)
+    average = WeightAverage(Regularizers(ema_decay=0.5), total_steps=2)
+    average.update(model, 1)
+    walk(model, 1)
+    own, averaged = model.weight.detach().clone(), average.weights["weight"].clone()
+    with pytest.raises(RuntimeError), average.in_place_of(model):
+        assert torch.equal(model.weight, averaged)
+        raise RuntimeError
+    assert torch.equal(model.weight, own) and torch.equal(average.weights["weight"], averaged)
+    assert not torch.equal(own, averaged)
+
+
+def test_patience_by_hand() -> None:
+    losses = [3.0, 2.0, 2.1, 1.95, 1.96, 1.94]
+    assert evaluations_without_improvement(losses, 0.0) == 0
+    assert evaluations_without_improvement(losses[:5], 0.0) == 1
+    assert evaluations_without_improvement(losses, 0.1) == 4  # the best is 2.0; nothing later beats it by 0.1
+    assert not patience_is_over(losses, Regularizers())
+    knobs = Regularizers(early_stopping_patience=4, early_stopping_min_delta=0.1)
+    assert patience_is_over(losses, knobs) and not patience_is_over(losses[:-1], knobs)
+    assert evaluations_without_improvement([float("nan")] * 3, 0.0) == 3

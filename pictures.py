@@ -79,3 +79,74 @@ def curves(records: list[dict[str, Any]], path: Path, title: str, verdict: str =
     gaps.set_ylabel("gap: val − train")
     gaps.set_xlabel("step")
     _save(figure, path)
+
+
+def _panels(width: float, height: float, columns: int) -> tuple[Any, Any]:
+    """A figure with panels side by side, each with a horizontal axis of its own."""
+    os.environ.setdefault("MPLBACKEND", "Agg")
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), dpi=120, layout="constrained")
+    panels = figure.subplots(1, columns, squeeze=False)[0]
+    for panel in panels:
+        panel.spines[["top", "right"]].set_visible(False)
+        panel.grid(alpha=0.25)
+        panel.set_axisbelow(True)
+    return figure, panels
+
+
+def reliability(calibration: Any, path: Path, title: str) -> None:
+    """Reliability diagram of a training.evaluation.Calibration: accuracy over confidence, and the tokens of each bin.
+
+    The coloured pieces reach from a bin's accuracy to its mean confidence: they are the gaps that ECE averages.
+    """
+    figure, (diagram, counts) = _axes(5.5, 6, rows=2)
+    bins = len(calibration.tokens)
+    width = 1 / bins
+    filled = [index for index in range(bins) if calibration.tokens[index] > 0]
+    middles = [(index + 0.5) * width for index in filled]
+    accuracy = [calibration.accuracy[index] for index in filled]
+    confidence = [calibration.confidence[index] for index in filled]
+    diagram.bar(middles, accuracy, width * 0.94, color=VAL, alpha=0.85, label="accuracy", zorder=2)
+    signs = ((1, BEST, "too sure"), (-1, AVERAGE, "not sure enough"))
+    for sign, color, label in signs:
+        rows = [row for row in zip(middles, accuracy, confidence, strict=True) if sign * (row[2] - row[1]) > 0]
+        if rows:
+            where, right, sure = zip(*rows, strict=True)
+            heights = [high - low for high, low in zip(sure, right, strict=True)]
+            diagram.bar(where, heights, width * 0.94, bottom=right, color=color, alpha=0.4, label=label, zorder=3)
+    diagram.plot([0, 1], [0, 1], "--", color="black", linewidth=0.9, label="calibrated", zorder=4)
+    diagram.set(xlim=(0, 1), ylim=(0, 1), ylabel="share that is right")
+    diagram.set_title(f"{title}\nECE {calibration.error:.4f} over {sum(calibration.tokens):,.0f} tokens", fontsize=10)
+    diagram.legend(frameon=False, loc="upper left")
+    counts.bar(middles, [calibration.tokens[index] for index in filled], width * 0.94, color=TRAIN, zorder=2)
+    counts.set(xlabel="confidence: probability of the likeliest token", ylabel="tokens")
+    counts.yaxis.set_major_formatter("{x:,.0f}")
+    _save(figure, path)
+
+
+def uncertainty_histogram(
+    inside: dict[str, Any], outside: dict[str, Any], path: Path, title: str, notes: dict[str, str] | None = None
+) -> None:
+    """How the tokens of the corpus and of foreign text lie on each measure of uncertainty, one panel a measure.
+
+    ``inside`` and ``outside`` map the name of a measure to its values by token, in nats; ``notes`` to a word for its
+    panel, such as the AUROC. The horizontal axis ends at the 99.5th percentile; what lies beyond is in the last bar.
+    """
+    import numpy as np
+
+    figure, panels = _panels(4.5 * len(inside), 3.6, len(inside))
+    for panel, name in zip(panels, inside, strict=True):
+        both = np.concatenate([inside[name], outside[name]])
+        edges = np.linspace(min(0.0, float(both.min())), max(float(np.quantile(both, 0.995)), 1e-6), 41)
+        for values, color, label in ((inside[name], VAL, "corpus"), (outside[name], BEST, "foreign text")):
+            shares = np.histogram(np.clip(values, edges[0], edges[-1]), edges)[0] / len(values)
+            panel.stairs(shares, edges, fill=True, color=color, alpha=0.35)
+            panel.stairs(shares, edges, color=color, linewidth=1.4, label=label)
+        panel.set_xlabel(f"{name}, nats")
+        panel.set_xlim(edges[0], edges[-1])
+        panel.set_title((notes or {}).get(name, ""), fontsize=9)
+        panel.legend(frameon=False)
+    panels[0].set_ylabel("share of tokens")
+    figure.suptitle(title, fontsize=10)
+    _save(figure, path)

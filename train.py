@@ -55,6 +55,7 @@ def train(config: Config, directory: Path, hardware: Any) -> int:
     from regularizers.stopping import patience_is_over
     from regularizers.weights import add_penalty_gradients, sparsity, weight_decay_at
     from training import checkpoint, distributed, run_directory
+    from training.diagnosis import diagnose
     from training.evaluation import evaluate, plain_loss
     from training.load_run import initial_weights, read_weights
     from training.optimizer import (
@@ -78,7 +79,7 @@ def train(config: Config, directory: Path, hardware: Any) -> int:
     before = distributed.on_main(hardware, lambda: run_directory.read_summary(directory))
     if before.get("status") == "finished":
         if hardware.main:
-            tell_results(directory, before, again=True)
+            tell_results(directory, config, before, again=True)
         return FINISHED
 
     # ---------------------------------------------------------------- corpus
@@ -240,7 +241,7 @@ def train(config: Config, directory: Path, hardware: Any) -> int:
             where = {"step": step, "tokens": step * targets_in_step, "epoch": loader.epoch_at(step)}
             metrics.log(where | record)
             if evaluated:
-                draw(directory, metrics.records)
+                draw(directory, metrics.records, config, calibration)
 
         # ------------------------------------------------------------ save
         improved = evaluated and best is not None and best["step"] == step
@@ -279,11 +280,12 @@ def train(config: Config, directory: Path, hardware: Any) -> int:
             steps=step,
             tokens=step * targets_in_step,
             stopped_early=stopped_early,
+            diagnosis=diagnose(metrics.records, config).verdict,
             sparsity=sparsity(decayed_parameters(optimizers)) if regularizers.l1 else None,
             **results_of(metrics.records, best, test),
         )
         metrics.finish(summary, exit_code=code)
-        tell_results(directory, summary, again=False)
+        tell_results(directory, config, summary, again=False)
     distributed.barrier(hardware)
     if lock is not None:
         lock.close()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Literal
 
 import torch
 import yaml
@@ -11,30 +12,58 @@ from torch import Tensor
 
 from command_line import from_mapping
 from config import BadInput, Config, Model
+from data.shards import Corpus
 from model.gpt import GPT
 from model.huggingface import read_directory
 from training.checkpoint import NAME, existing, newest, problem_of, read_tensors
 from training.run_directory import read_summary, say
 
+Weights = Literal["best available", "model", "average"]
 
-def load_model(path: str | Path, device: torch.device | str = "cpu") -> tuple[GPT, Config, Path]:
+
+def load_model(
+    path: str | Path, device: torch.device | str = "cpu", weights: Weights = "best available"
+) -> tuple[GPT, Config, Path]:
     """A trained model in evaluation mode, the config of its run, and the directory of its corpus.
 
-    ``path`` is a run directory, whose best checkpoint is taken, or a checkpoint. Its bytes are verified; the
-    averaged weights are taken where there are some. The corpus may be gone: that is for the caller to find out.
+    ``path`` is a run directory, whose best checkpoint is taken, or a checkpoint. Its bytes are verified. Of its
+    ``weights`` the raw ones are ``model``, the averaged ones ``average``, and ``best available`` is the average where
+    there is one. The corpus may be gone: that is for the caller to find out.
     Raises BadInput for what is missing or damaged.
     """
     run, checkpoint = locate(Path(path))
-    config, weights = read_config(run), read_weights(checkpoint)
+    config, tensors = read_config(run), read_weights(checkpoint, weights)
     corpus = read_summary(run).get("corpus_directory")
     if not isinstance(corpus, str):
         raise BadInput(f"{run / 'summary.json'} does not name the corpus; start the run again and it will")
-    model = GPT(config.model, len(weights["embedding.weight"]), config.regularizers)
+    model = GPT(config.model, len(tensors["embedding.weight"]), config.regularizers)
     try:
-        model.load_state_dict(weights)
+        model.load_state_dict(tensors)
     except RuntimeError as problem:
         raise BadInput(f"{checkpoint} does not fit {run / 'config.yaml'}: {problem}; restore one of them") from None
     return model.to(device).eval(), config, Path(corpus)
+
+
+def load_corpus(path: str | Path) -> Corpus:
+    """The corpus of the run at ``path`` (or of the checkpoint at ``path``), verified.
+
+    Raises BadInput if it is gone, damaged, or not the one that the run was trained on.
+    """
+    run = run_of(Path(path))
+    summary = read_summary(run)
+    directory = Path(str(summary.get("corpus_directory")))
+    if not (directory / "manifest.json").is_file():
+        raise BadInput(
+            f"the corpus of {run} is gone: there is no {directory.absolute()}; start in the directory in which the "
+            f"run was trained, or prepare it again: python -m scripts.prepare_data {run / 'config.yaml'}"
+        )
+    corpus = Corpus.open(directory)
+    if summary.get("corpus", corpus.fingerprint) != corpus.fingerprint:
+        raise BadInput(
+            f"{directory} holds the corpus {corpus.fingerprint}, and {run} was trained on {summary['corpus']}; "
+            "restore that one: the test text of another may have been trained on"
+        )
+    return corpus
 
 
 def run_tokenizer(path: str | Path) -> Path:
@@ -139,10 +168,19 @@ def read_config(run: Path) -> Config:
     return from_mapping(content, str(file))
 
 
-def read_weights(checkpoint: Path) -> dict[str, Tensor]:
-    """The weights to use of a verified checkpoint: the averaged ones if it has some."""
-    files = json.loads((checkpoint / "manifest.json").read_text())["files"]
-    weights = read_tensors(checkpoint, "average" if "average.safetensors" in files else "model")
+def has_average(checkpoint: Path) -> bool:
+    """Whether a verified checkpoint holds averaged weights beside the raw ones."""
+    return "average.safetensors" in json.loads((checkpoint / "manifest.json").read_text())["files"]
+
+
+def read_weights(checkpoint: Path, which: Weights = "best available") -> dict[str, Tensor]:
+    """Weights of a verified checkpoint: by default the ones to use, which are the averaged ones if it has some."""
+    if which == "average" and not has_average(checkpoint):
+        raise BadInput(
+            f"{checkpoint} has no averaged weights; use its raw ones, or train with --regularizers.ema_decay=0.999"
+        )
+    averaged = which == "average" or (which == "best available" and has_average(checkpoint))
+    weights = read_tensors(checkpoint, "average" if averaged else "model")
     if "embedding.weight" not in weights:
         raise BadInput(f"{checkpoint} holds no embedding.weight: it is not a checkpoint of a GPT")
     return weights

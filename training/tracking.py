@@ -20,7 +20,9 @@ from urllib.parse import urlparse
 from tqdm import tqdm
 
 from config import Config
-from pictures import curves
+from pictures import curves, reliability
+from training.diagnosis import diagnose
+from training.evaluation import Calibration
 from training.run_directory import say
 
 SECONDS_BETWEEN_LINES = 5.0
@@ -179,9 +181,10 @@ def finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def draw(directory: Path, records: list[dict[str, Any]]) -> None:
-    """curves.png and samples.txt, both made anew from the records."""
-    curves(records, directory / "curves.png", directory.name)
+def draw(directory: Path, records: list[dict[str, Any]], config: Config, calibration: Calibration) -> None:
+    """curves.png with the diagnosis so far, reliability.png and samples.txt, all made anew."""
+    curves(records, directory / "curves.png", directory.name, diagnose(records, config).headline)
+    reliability(calibration, directory / "reliability.png", directory.name)
     samples = [f"=== step {record['step']} ===\n{record['sample']}\n" for record in records if "sample" in record]
     (directory / "samples.txt").write_text("\n".join(samples))
 
@@ -201,7 +204,7 @@ def results_of(records: list[dict[str, Any]], best: dict[str, Any] | None, test:
     return results
 
 
-def tell_results(directory: Path, summary: dict[str, Any], again: bool) -> None:
+def tell_results(directory: Path, config: Config, summary: dict[str, Any], again: bool) -> None:
     """What a person wants to know when a run is over; ``again``: it was over before it was started this time."""
     status = summary["status"]
     steps = f"{summary['steps']} of {summary['total_steps']} steps"
@@ -215,7 +218,8 @@ def tell_results(directory: Path, summary: dict[str, Any], again: bool) -> None:
     else:
         print(f"\n{status.capitalize()} after {steps}.")
     if "best/val/loss" in summary and status != "preempted":
-        samples = [record["sample"] for record in read_metrics(directory) if "sample" in record]
+        records = read_metrics(directory)
+        samples = [record["sample"] for record in records if "sample" in record]
         if samples:
             print("\n".join(["", "sample", *(f"  | {line}" for line in samples[-1].splitlines())]))
         print(
@@ -231,6 +235,7 @@ def tell_results(directory: Path, summary: dict[str, Any], again: bool) -> None:
             shares = summary["sparsity"].values()
             print(f"sparsity          {sum(shares) / len(shares):.1%} of a decayed tensor's weights are near zero")
         print(f"tokens per second {summary['tokens_per_second']:,.0f}")
+        print(diagnose(records, config).text())
     print(f"run directory     {directory}")
     if (directory / "curves.png").exists():
         print(f"curves            {directory / 'curves.png'}")

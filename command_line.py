@@ -226,8 +226,33 @@ def help_text(description: str) -> str:
     return "\n".join(lines)
 
 
+class Patient:
+    """A standard output that goes on in silence when its reader leaves (`| head`): work must not end for that."""
+
+    def __init__(self, stream: Any) -> None:
+        self.stream = stream
+
+    def write(self, text: str) -> int:
+        """Write, or drop."""
+        return self._try(lambda: self.stream.write(text))
+
+    def flush(self) -> None:
+        """Flush, or drop."""
+        self._try(self.stream.flush)
+
+    def _try(self, work: Callable[[], Any]) -> Any:
+        try:
+            return work()
+        except BrokenPipeError:
+            self.stream = open(os.devnull, "w")
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+
 def run(main: Callable[[list[str]], int | None]) -> None:
     """Call ``main`` with the command line's words and exit with its code; a user's mistake gets no traceback."""
+    sys.stdout = Patient(sys.stdout)  # type: ignore[assignment]
     try:
         code = main(sys.argv[1:])
     except BadInput as mistake:
@@ -235,9 +260,6 @@ def run(main: Callable[[list[str]], int | None]) -> None:
             for line in str(mistake).splitlines():
                 print(line if line.startswith(" ") else f"error: {line}", file=sys.stderr)
         code = BAD_INPUT
-    except BrokenPipeError:  # `... | head`
-        sys.stderr.close()
-        code = FINISHED
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         code = PREEMPTED

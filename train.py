@@ -6,6 +6,7 @@ same words and it goes on where it was; start it under torchrun and it trains th
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import time
@@ -21,14 +22,12 @@ def main(arguments: list[str]) -> int:
     config = parse(arguments, __doc__ or "")
     torch_environment()
     from training import distributed
-    from training.run_directory import move_aside, path_of, read_summary, update_summary
+    from training.run_directory import path_of, read_summary, update_summary
 
     directory = path_of(config)
     stored = read_summary(directory) if config.run.resume == "auto" else {}
     hardware = distributed.start(config.run, stored.get("hardware"))
     distributed.check_micro_batches(config, hardware.world)
-    if config.run.resume == "never":
-        distributed.on_main(hardware, lambda: str(move_aside(directory)))
     try:
         return train(config, directory, hardware)
     except Exception as problem:
@@ -72,19 +71,23 @@ def train(config: Config, directory: Path, hardware: Any) -> int:
     from training.tracking import Metrics, draw, results_of, tell_results
 
     # ---------------------------------------------------------------- the run's directory, ours alone
-    lock = None
-    if hardware.main:
-        lock = run_directory.lock(directory)
-    warnings = distributed.on_main(hardware, lambda: run_directory.check_config(directory, config))
-    before = distributed.on_main(hardware, lambda: run_directory.read_summary(directory))
+    # Nothing is written or moved before config, corpus and first weights are known to be good.
+    fresh = config.run.resume == "never"
+    lock: list[Any] = []
+    distributed.on_main(hardware, lambda: lock.append(run_directory.lock(directory)))
+    warnings: list[str] = []
+    before: dict[str, Any] = {}
+    if not fresh:
+        warnings = distributed.on_main(hardware, lambda: run_directory.check_config(directory, config))
+        before = distributed.on_main(hardware, lambda: run_directory.read_summary(directory))
     if before.get("status") == "finished":
         if hardware.main:
             tell_results(directory, config, before, again=True)
         return FINISHED
 
     # ---------------------------------------------------------------- corpus
-    corpus_directory = distributed.on_main(hardware, lambda: str(prepare(config.data)))
-    corpus = Corpus.open(corpus_directory, verify=hardware.main)
+    # Every process calls it: one prepares, the others wait for its file lock, for which there is no timeout.
+    corpus = Corpus.open(prepare(config.data, quiet=not hardware.main), verify=hardware.main)
     if before.get("corpus", corpus.fingerprint) != corpus.fingerprint:
         raise BadInput(
             f"{directory} was trained on the corpus {before['corpus']}, and the data now give {corpus.fingerprint}; "
@@ -100,13 +103,14 @@ def train(config: Config, directory: Path, hardware: Any) -> int:
 
     val_batches = batches_of(val_split, evaluation.max_tokens)
     gap_batches = batches_of(loader.split, min(evaluation.max_tokens or val_split.n_tokens, val_split.n_tokens))
-    bytes_per_token = val_split.n_bytes / val_split.n_tokens
+    bytes_per_token = corpus.bytes_per_token(val_split, evaluation.max_tokens)
     total_steps = training.max_steps or max(1, round((training.max_epochs or 1) * loader.steps_per_epoch))
-    if evaluation.every == "epoch":
-        evaluate_every = max(1, round(loader.steps_per_epoch))
-    else:
-        evaluate_every = evaluation.every or max(1, total_steps // 10)
-    save_every = config.checkpoint.every or evaluate_every
+
+    def evaluation_is_due(step: int) -> bool:
+        if evaluation.every == "epoch":
+            return int(loader.epoch_at(step)) > int(loader.epoch_at(step - 1))
+        return step % (evaluation.every or max(1, total_steps // 10)) == 0
+
     targets_in_step = training.global_batch_size * context
 
     # ---------------------------------------------------------------- model and optimizer
@@ -120,13 +124,15 @@ def train(config: Config, directory: Path, hardware: Any) -> int:
     checkpoints = directory / "checkpoints"
     step, best, nonfinite = 0, None, 0
     val_losses: list[float] = []  # what early stopping judges by
-    if hardware.main:
-        checkpoint.sweep(checkpoints)
-    found = distributed.on_main(hardware, lambda: [str(part) for part in checkpoint.newest(checkpoints)[:1] if part])
+    found, damaged = None, []
+    if not fresh:
+        found, damaged = distributed.on_main(hardware, lambda: checkpoint.find_newest(checkpoints))
     if not found and config.run.init_from is not None:
-        model.load_state_dict(initial_weights(config.run.init_from, config.model, corpus.vocab_size))
+        model.load_state_dict(
+            initial_weights(config.run.init_from, config.model, corpus.vocab_size, corpus.tokenizer())
+        )
     if found:
-        newest = Path(found[0])
+        newest = Path(found)
         model.load_state_dict(checkpoint.read_tensors(newest, "model"))
         load_optimizer_state(optimizers, checkpoint.read_tensors(newest, "optimizer"))
         state = checkpoint.read_state(newest)
@@ -134,13 +140,23 @@ def train(config: Config, directory: Path, hardware: Any) -> int:
         if state["average_count"]:
             average.load(checkpoint.read_tensors(newest, "average"), state["average_count"], model)
     if hardware.main:
-        warnings += checkpoint.newest(checkpoints)[1] + run_directory.version_warnings(before.get("versions", {}))
-        for warning in warnings:
+        if fresh:
+            lock.pop().close()
+            run_directory.move_aside(directory)
+            lock.append(run_directory.lock(directory))
+        run_directory.write_config(directory, config)
+        checkpoint.sweep(checkpoints)
+        if found:
+            checkpoint.set_aside_newer(checkpoints, step)
+            run_directory.point_at(directory, step, best)
+        warnings += damaged + run_directory.version_warnings(before.get("versions", {}))
+        for warning in warnings + run_directory.hardware_warnings(before.get("hardware", {}), hardware.describe()):
             run_directory.say(warning)
         run_directory.copy_tokenizer(directory, corpus.directory)
         run_directory.update_summary(
             directory,
             status="running",
+            error=None,
             hardware=hardware.describe(),
             versions=before.get("versions") or run_directory.versions(),
             corpus=corpus.fingerprint,
@@ -159,7 +175,7 @@ def train(config: Config, directory: Path, hardware: Any) -> int:
     # ---------------------------------------------------------------- signals: finish the step, save, leave
     told_to_stop: list[int] = []
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-        signal.signal(number, lambda number, _: told_to_stop.append(number))
+        signal.signal(number, lambda number, _: stop_after_this_step(number, told_to_stop))
 
     # ---------------------------------------------------------------- steps
     model.train()
@@ -201,9 +217,9 @@ def train(config: Config, directory: Path, hardware: Any) -> int:
             nonfinite = 0
         else:
             nonfinite += 1
-            run_directory.say(
-                f"step {step + 1}: the gradient is not finite; the step is skipped ({nonfinite} in a row)"
-            )
+            if hardware.main:
+                words = f"the gradient is not finite; the step is skipped ({nonfinite} in a row)"
+                run_directory.say(f"step {step + 1}: {words}")
         for optimizer in optimizers:
             optimizer.zero_grad(set_to_none=True)
         step += 1
@@ -221,7 +237,7 @@ def train(config: Config, directory: Path, hardware: Any) -> int:
             record["train/lr"] = config.optimizer.lr * ratio
             record["train/tokens_per_second"] = steps_timed * targets_in_step / seconds
             seconds, steps_timed = 0.0, 0
-        evaluated = step % evaluate_every == 0 or last
+        evaluated = evaluation_is_due(step) or last
         if evaluated:
             results, calibration = evaluate(model, val_batches, hardware, bytes_per_token)
             record |= {f"val/{name}": value for name, value in results.items()}
@@ -231,7 +247,7 @@ def train(config: Config, directory: Path, hardware: Any) -> int:
                     results, calibration = evaluate(model, val_batches, hardware, bytes_per_token)
                 record |= {f"val_average/{name}": value for name, value in results.items()}
             val_losses.append(results["loss"])
-            if best is None or results["loss"] < best["val/loss"]:
+            if math.isfinite(results["loss"]) and (best is None or results["loss"] < best["val/loss"]):
                 best = {"step": step, "val/loss": results["loss"], "val/bits_per_byte": results["bits_per_byte"]}
             stopped_early = patience_is_over(val_losses, regularizers)
             last = last or stopped_early
@@ -245,7 +261,8 @@ def train(config: Config, directory: Path, hardware: Any) -> int:
 
         # ------------------------------------------------------------ save
         improved = evaluated and best is not None and best["step"] == step
-        if step % save_every == 0 or improved or last or stopping:
+        due = step % config.checkpoint.every == 0 if config.checkpoint.every else evaluated
+        if due or improved or last or stopping:
             if metrics is not None:
                 metrics.sync()
                 tensors = {"model": model.state_dict(), "optimizer": optimizer_state(optimizers)}
@@ -254,9 +271,7 @@ def train(config: Config, directory: Path, hardware: Any) -> int:
                 state = {"best": best, "nonfinite": nonfinite, "val_losses": val_losses}
                 state |= {"average_count": average.count, "tokens": step * targets_in_step}
                 checkpoint.save(checkpoints, step, tensors, state)
-                run_directory.point(directory, "last", step)
-                if best is not None:
-                    run_directory.point(directory, "best", **best)
+                run_directory.point_at(directory, step, best)
                 checkpoint.prune(checkpoints, config.checkpoint.keep, {best["step"]} if best else set())
             distributed.barrier(hardware)
         if last or stopping:
@@ -271,8 +286,13 @@ def train(config: Config, directory: Path, hardware: Any) -> int:
     test: dict[str, float] = {}
     if status == "finished" and best is not None and "test" in corpus.manifest["splits"]:
         test_split = corpus.split("test")
-        model.load_state_dict(read_weights(checkpoint.directory_for(checkpoints, best["step"])))
-        test, _ = evaluate(model, batches_of(test_split, None), hardware, test_split.n_bytes / test_split.n_tokens)
+        chosen = checkpoint.directory_for(checkpoints, best["step"])
+        problem = distributed.on_main(hardware, lambda: checkpoint.problem_of(chosen))
+        if problem is None:
+            model.load_state_dict(read_weights(chosen))
+            test, _ = evaluate(model, batches_of(test_split, None), hardware, corpus.bytes_per_token(test_split))
+        elif hardware.main:
+            run_directory.say(f"there is no test: the best checkpoint cannot be trusted ({problem})")
     if metrics is not None:
         summary = run_directory.update_summary(
             directory,
@@ -287,9 +307,18 @@ def train(config: Config, directory: Path, hardware: Any) -> int:
         metrics.finish(summary, exit_code=code)
         tell_results(directory, config, summary, again=False)
     distributed.barrier(hardware)
-    if lock is not None:
-        lock.close()
+    for held in lock:
+        held.close()
     return code
+
+
+def stop_after_this_step(number: int, told_to_stop: list[int]) -> None:
+    """What a signal does: ask the loop to save and leave; a second Ctrl-C leaves at once, without saving."""
+    if number == signal.SIGINT and told_to_stop:
+        raise KeyboardInterrupt
+    told_to_stop.append(number)
+    if os.environ.get("RANK", "0") == "0":
+        print("\nstopping after this step; its checkpoint is saved", flush=True)
 
 
 def torch_environment() -> None:

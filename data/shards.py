@@ -136,6 +136,12 @@ class Corpus:
             raise BadInput(f"{file} does not have {self.vocab_size} entries; {way_out(self.directory)}")
         return tokenizer
 
+    def bytes_per_token(self, split: Split, n_tokens: int | None = None) -> float:
+        """UTF-8 bytes of text per token of ``split``, or of its first ``n_tokens``, which are decoded and counted."""
+        if n_tokens is None or n_tokens >= split.n_tokens:
+            return split.n_bytes / split.n_tokens
+        return len(self.tokenizer().decode(split.read(0, n_tokens).tolist()).encode()) / n_tokens
+
     def split(self, name: str) -> Split:
         """The split "train", "val" or "test"; raises BadInput if there is none, or if its index is damaged."""
         if name not in self.manifest["splits"]:

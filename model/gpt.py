@@ -92,6 +92,8 @@ class Attention(nn.Module):
             q_BHTC, k_BKTC = self.query_norm(q_BHTC.float()), self.key_norm(k_BKTC.float())
         if rotation is not None:
             q_BHTC, k_BKTC = rotate(q_BHTC, *rotation), rotate(k_BKTC, *rotation)
+        # Norms and rotation are done in fp32; under autocast the products go on in the precision of v.
+        q_BHTC, k_BKTC = q_BHTC.to(v_BKTC.dtype), k_BKTC.to(v_BKTC.dtype)
         if cache is not None:
             k_BKTC, v_BKTC = cache.extend(layer, k_BKTC, v_BKTC)
         y_BHTC = attend(q_BHTC, k_BKTC, v_BKTC, mask, self.dropout)

@@ -47,13 +47,18 @@ def objective(
             is then the mixture of both, while z-loss and entropy count once.
 
     Returns:
-        ``objective`` is what to differentiate (nats per token); ``loss`` (plain cross-entropy), ``z_loss``
-        (the penalty, weighted) and ``entropy`` (nats, unweighted) are detached. fp32 scalars, or the dtype of
-        hidden_ND if that is float64.
+        ``objective`` is what to differentiate (nats per token). Detached: ``loss`` (plain cross-entropy) and, if
+        they are on, ``z_loss`` (the penalty, weighted) and ``entropy`` (nats, unweighted). fp32 scalars, or the
+        dtype of hidden_ND if that is float64.
     """
     knobs = (config.label_smoothing, config.z_loss, config.entropy_penalty)
     value, loss, z_loss, entropy = _ChunkedObjective.apply(hidden_ND, weight_VD, targets_N, knobs, n_targets, mixed)
-    return {"objective": value, "loss": loss, "z_loss": z_loss, "entropy": entropy}
+    terms = {"objective": value, "loss": loss}
+    if config.z_loss:
+        terms["z_loss"] = z_loss
+    if config.entropy_penalty:
+        terms["entropy"] = entropy
+    return terms
 
 
 class _ChunkedObjective(torch.autograd.Function):

@@ -121,3 +121,10 @@ def test_uniform_model_is_ln_v(corpus: Corpus, model: GPT) -> None:
     assert found["loss"] == pytest.approx(math.log(257), rel=1e-6)
     assert found["entropy"] == pytest.approx(math.log(257), rel=1e-6)
     assert found["brier"] == pytest.approx(1 - 1 / 257, rel=1e-5)
+
+
+def test_bytes_of_a_stretch_are_counted(corpus: Corpus) -> None:
+    split = corpus.split("val")
+    text = split.read(1, 101)  # behind the end-of-text token: one byte a token
+    assert corpus.bytes_per_token(split, 101) == pytest.approx(len(text) / 101)
+    assert corpus.bytes_per_token(split) == split.n_bytes / split.n_tokens

@@ -234,3 +234,54 @@ def test_a_gradient_that_is_not_finite_changes_nothing(train: Train, tiny: Flags
     ended = train(tiny(optimizer__lr=1e30, training__max_nonfinite=3, schedule__name="constant"))
     assert ended.returncode == 4 and "3 in a row" in ended.stderr
     assert json.loads((tmp_path / "runs/tiny/summary.json").read_text())["status"] == "failed"
+
+
+def test_a_mistake_leaves_the_name_free(train: Train, tiny: Flags, tmp_path: Path) -> None:
+    """What was refused before it trained stores nothing: the corrected command works, a good run stays in place."""
+    assert train(tiny(training__max_steps=1, data__path=tmp_path / "typo.txt")).returncode == 2
+    assert train(tiny(training__max_steps=1, run__init_from=tmp_path / "typo")).returncode == 2
+    assert train(tiny(training__max_steps=1)).returncode == 0
+    assert train(tiny(training__max_steps=1, data__path=tmp_path / "typo.txt", run__resume="never")).returncode == 2
+    assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == ["tiny"]
+
+
+def test_a_knob_that_the_stored_config_does_not_know_was_at_its_default(
+    train: Train, tiny: Flags, tmp_path: Path
+) -> None:
+    assert train(tiny(training__max_steps=1)).returncode == 0
+    stored = tmp_path / "runs/tiny/config.yaml"
+    stored.write_text("".join(line for line in stored.read_text().splitlines(True) if "z_loss" not in line))
+    refused = train(tiny(training__max_steps=1, regularizers__z_loss=0.1))
+    assert refused.returncode == 2 and "regularizers.z_loss: the run has 0.0" in refused.stderr
+    assert train(tiny(training__max_steps=1)).returncode == 0
+
+
+def test_pointers_are_mended_and_damaged_checkpoints_set_aside(train: Train, tiny: Flags, tmp_path: Path) -> None:
+    flags = tiny(checkpoint__keep=1)
+    assert train(flags).returncode == 0
+    run = tmp_path / "runs/tiny"
+    best = (run / "best.json").read_text()
+    (run / "best.json").write_text(best.replace("24", "08"))
+    summary = run / "summary.json"
+    summary.write_text(summary.read_text().replace("finished", "running"))
+    assert train(flags).returncode == 0
+    assert (run / "best.json").read_text() == best
+    # A damaged newest one is kept under another name, so that pruning cannot prefer it to a good one.
+    good = run / "checkpoints/step_00000024"
+    os.rename(good, run / "checkpoints/kept")
+    subprocess.run(["cp", "-r", run / "checkpoints/kept", good], check=True)
+    os.rename(run / "checkpoints/kept", run / "checkpoints/step_00000030")
+    summary.write_text(summary.read_text().replace("finished", "running"))
+    ended = train(flags)
+    assert ended.returncode == 0 and "is of step 24" in ended.stderr
+    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["step_00000024", "step_00000030.damaged"]
+
+
+def test_a_reader_that_leaves_does_not_end_the_run(tiny: Flags, tmp_path: Path) -> None:
+    command = f"{sys.executable} {ROOT / 'train.py'} {' '.join(tiny())} | head -9"
+    subprocess.run(["bash", "-c", command], cwd=tmp_path, capture_output=True, timeout=60)
+    deadline = time.monotonic() + 60
+    summary = tmp_path / "runs/tiny/summary.json"
+    while time.monotonic() < deadline and '"running"' in summary.read_text():
+        time.sleep(0.1)
+    assert json.loads(summary.read_text())["status"] == "finished"

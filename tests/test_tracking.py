@@ -48,7 +48,8 @@ def test_modes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / ".netrc").chmod(0o600)
     assert wandb_mode(parse([])) == "online"
     monkeypatch.setenv("WANDB_MODE", "offline")
-    assert wandb_mode(parse(["--tracking.wandb=online"])) == "offline"
+    assert wandb_mode(parse([])) == "offline"
+    assert wandb_mode(parse(["--tracking.wandb=online"])) == "online"  # WANDB_MODE wins over auto only
 
 
 @pytest.fixture
@@ -92,7 +93,8 @@ def test_an_unreachable_server_costs_at_most_ten_seconds(
     unreachable = {"WANDB_MODE": "online", "WANDB_BASE_URL": "http://127.0.0.1:9", "WANDB_API_KEY": "0" * 40}
     ended = train([*flags, "--run.name=second"], **unreachable, **wandb_home)
     assert ended.returncode == 0, ended.stderr
-    assert "W&B online is not to be had" in ended.stderr
+    assert "W&B online is not to be had" in ended.stderr and "offline is not" not in ended.stderr
+    assert list((tmp_path / "runs/second/wandb").glob("offline-run-*/run-*.wandb"))  # for `wandb sync`, later
     assert time.monotonic() - started < usual + 25  # 10 s alone on a machine; tests share it
     one, other = (json.loads((tmp_path / f"runs/{name}/summary.json").read_text()) for name in ("tiny", "second"))
     assert one["final/val/loss"] == other["final/val/loss"]

@@ -130,6 +130,21 @@ def newest(checkpoints: Path) -> tuple[Path | None, list[str]]:
     return None, []
 
 
+def find_newest(checkpoints: Path) -> tuple[str | None, list[str]]:
+    """``newest`` with a path that travels as JSON."""
+    found, problems = newest(checkpoints)
+    return (str(found) if found else None), problems
+
+
+def set_aside_newer(checkpoints: Path, step: int) -> None:
+    """Rename the damaged checkpoints after ``step``, from which the run goes on: none may count as newest again."""
+    for checkpoint in existing(checkpoints):
+        if int(checkpoint.name.split("_")[1]) > step:
+            aside = checkpoint.with_name(f"{checkpoint.name}.damaged")
+            shutil.rmtree(aside, ignore_errors=True)
+            os.rename(checkpoint, aside)
+
+
 def read_state(checkpoint: Path) -> dict[str, Any]:
     """The checkpoint's state.json."""
     return json.loads((checkpoint / "state.json").read_text())

@@ -75,15 +75,17 @@ def start(config: Run, stored: dict[str, Any] | None = None) -> Hardware:
     if kind == "cuda":
         torch.cuda.set_device(device)
         torch.backends.cuda.matmul.fp32_precision = "tf32"
+    same_device = stored.get("device") == kind and stored.get("processes") == world
     precision: str = config.precision
     if precision == "auto":
         precision = stored.get("precision") or ("bf16" if has_fast_bf16(kind) else "fp32")
     compiled = config.compile == "on"
     if config.compile == "auto":
-        compiled = bool(stored.get("compile", kind == "cuda"))
+        compiled = bool(stored.get("compile")) if same_device else kind == "cuda"
     threads = config.threads
     if threads == "auto":
-        threads = stored.get("threads") or max(1, len(os.sched_getaffinity(0)) // local_world)
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        threads = stored["threads"] if same_device else max(1, cores // local_world)
     torch.set_num_threads(int(threads))
     if world > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if kind == "cuda" else "gloo", timeout=timedelta(minutes=10))
@@ -157,7 +159,7 @@ def on_main(hardware: Hardware, work: Callable[[], Any]) -> Any:
     if hardware.main:
         try:
             answer = {"value": work()}
-        except BadInput as mistake:
+        except (BadInput, OSError) as mistake:
             answer = {"mistake": str(mistake)}
     answer = from_main(answer, hardware)
     if "mistake" in answer:

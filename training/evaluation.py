@@ -91,16 +91,16 @@ def _add(sums: Tensor, bins: Tensor, logits_RV: Tensor, target_R: Tensor) -> Non
     loss_R = -log_p_RV.gather(-1, target_R[:, None]).squeeze(-1)
     p_RV = log_p_RV.exp()
     confidence_R, predicted_R = p_RV.max(-1)
-    correct_R = (predicted_R == target_R).double()
+    correct_R = (predicted_R == target_R).float()
     # Brier score over all classes: Σ p² − 2 p_y + 1
     brier_R = p_RV.square().sum(-1) - 2 * (-loss_R).exp() + 1
     entropy_R = -p_RV.mul_(log_p_RV).sum(-1)
     ones_R = torch.ones_like(correct_R)
-    columns = (ones_R, loss_R, correct_R, brier_R, entropy_R, log_z_R)
-    sums += torch.stack([column.double().sum() for column in columns]).cpu()
+    columns = torch.stack((ones_R, loss_R, correct_R, brier_R, entropy_R, log_z_R)).cpu().double()
+    sums += columns.sum(1)
     bin_R = (confidence_R * BINS).ceil().long().clamp(1, BINS) - 1
-    for row, column in enumerate((ones_R, confidence_R.double(), correct_R)):
-        bins[row].index_add_(0, bin_R.cpu(), column.cpu())
+    for row, column in enumerate((ones_R, confidence_R, correct_R)):
+        bins[row].index_add_(0, bin_R.cpu(), column.cpu().double())
 
 
 def _widest(hardware: Hardware) -> torch.dtype:

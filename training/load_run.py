@@ -8,11 +8,13 @@ from typing import Literal
 
 import torch
 import yaml
+from tokenizers import Tokenizer
 from torch import Tensor
 
 from command_line import from_mapping
 from config import BadInput, Config, Model
 from data.shards import Corpus
+from data.tokenizers import load_tokenizer
 from model.gpt import GPT
 from model.huggingface import read_directory
 from training.checkpoint import NAME, existing, newest, problem_of, read_tensors
@@ -77,17 +79,20 @@ def run_tokenizer(path: str | Path) -> Path:
     raise BadInput(f"there is no tokenizer of {run}: looked for {' and '.join(map(str, candidates))}; restore one")
 
 
-def initial_weights(path: str | Path, config: Model, vocab_size: int) -> dict[str, Tensor]:
+def initial_weights(
+    path: str | Path, config: Model, vocab_size: int, tokenizer: Tokenizer | None = None
+) -> dict[str, Tensor]:
     """Weights for a model of ``config`` and ``vocab_size``: from a run, a checkpoint, or a Hugging Face directory.
 
-    Raises BadInput that names each difference between the two networks, with the flags that remove it.
+    ``tokenizer`` is the corpus's: its ids must mean what they meant to these weights, where that is known. Raises
+    BadInput that names each difference between the two networks, with the flags that remove it.
     """
     directory = Path(path)
     if (directory / "config.json").is_file():
         theirs, their_vocab_size, weights = read_directory(directory)
     elif (directory / "config.yaml").is_file() or NAME.fullmatch(directory.name):
-        run, checkpoint = locate(directory)
-        theirs, weights = read_config(run).model, read_weights(checkpoint)
+        directory, checkpoint = locate(directory)
+        theirs, weights = read_config(directory).model, read_weights(checkpoint)
         their_vocab_size = len(weights["embedding.weight"])
     else:
         raise BadInput(
@@ -100,11 +105,12 @@ def initial_weights(path: str | Path, config: Model, vocab_size: int) -> dict[st
         if getattr(theirs, what) != getattr(config, what)
     ]
     lines = [f"\n  the network differs; one that fits has {' '.join(flags)}"] if flags else []
+    use_theirs = f"use its tokenizer, --data.tokenizer={directory}"
     if their_vocab_size != vocab_size:
-        lines.append(
-            f"\n  its vocabulary has {their_vocab_size:,} entries, the corpus {vocab_size:,}; "
-            f"use its tokenizer, --data.tokenizer={directory}"
-        )
+        lines.append(f"\n  its vocabulary has {their_vocab_size:,} entries, the corpus {vocab_size:,}; {use_theirs}")
+    known = tokenizer is not None and (directory / "tokenizer.json").is_file()
+    if known and not lines and load_tokenizer(str(directory)).get_vocab() != tokenizer.get_vocab():  # type: ignore[union-attr]
+        lines.append(f"\n  its vocabulary is as large as the corpus's, but the entries differ; {use_theirs}")
     if lines:
         raise BadInput(f"run.init_from = {path} cannot be the beginning of this run:" + "".join(lines))
     return weights

@@ -21,6 +21,7 @@ import yaml
 
 from command_line import dump
 from config import BadInput, Config
+from data.sources import short_name
 from training.checkpoint import directory_for, existing, write_json
 
 # Knobs that say where a run lives, how it is watched and what is kept of it. They are left out of the default
@@ -37,12 +38,10 @@ def is_free(key: str) -> bool:
 
 def default_name(config: Config) -> str:
     """Short words and a hash of everything that can change the result: the same config finds its own run."""
-    identity = {key: value for key, value in config.flat().items() if not is_free(key)}
+    default = Config().flat()  # a knob added later, at its default, leaves the names of earlier runs as they were
+    identity = {key: value for key, value in config.flat().items() if not is_free(key) and value != default[key]}
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:8]
-    corpus: str = config.data.corpus
-    if config.data.path:
-        stem = config.data.path.rstrip("/").split("/")[-1].split(".")[0]
-        corpus = "".join(c if c.isalnum() else "-" for c in stem).strip("-")[:24] or corpus
+    corpus = short_name(config.data.path or "") or config.data.corpus
     return f"{corpus}-{config.model.family}-{config.model.n_layers}x{config.model.d_model}-{digest}"
 
 
@@ -76,10 +75,9 @@ def lock(directory: Path) -> TextIO:
 
 
 def move_aside(directory: Path) -> Path | None:
-    """Rename what is at ``directory`` to a free name beside it; returns the new path, None if nothing was there."""
-    if not directory.exists():
+    """Rename the run at ``directory`` to a free name beside it; returns the new path, None if there was no run."""
+    if not (directory / "config.yaml").exists():
         return None
-    lock(directory).close()  # refuse to move a run that is under way
     number = 1
     while (aside := directory.with_name(f"{directory.name}.previous-{number}")).exists():
         number += 1
@@ -103,22 +101,19 @@ def update_summary(directory: Path, **values: Any) -> dict[str, Any]:
 
 
 def check_config(directory: Path, config: Config) -> list[str]:
-    """Store the config of a new run, or compare it with the stored one; returns warnings.
+    """Compare the config with that of the run in ``directory``, if there is one; returns warnings, writes nothing.
 
     Raises BadInput with the differences when the stored run is another one; knobs of logging and saving may
-    differ, and knobs of the hardware may with a warning.
+    differ, and knobs of the hardware may with a warning. A directory without checkpoints holds no run yet.
     """
     path = directory / "config.yaml"
-    if not path.exists():
-        if existing(directory / "checkpoints"):
-            raise BadInput(f"{directory} has checkpoints but no config.yaml; restore it or use another --run.name")
-        _write_config(path, config)
+    if not existing(directory / "checkpoints"):
         return []
-    stored = read_flat(path)
+    if not path.exists():
+        raise BadInput(f"{directory} has checkpoints but no config.yaml; restore it or use another --run.name")
+    stored = Config().flat() | read_flat(path)  # a knob that the code did not have then was at its default
     asked = config.flat()
-    changed = {
-        key: (stored.get(key, asked[key]), asked[key]) for key in asked if stored.get(key, asked[key]) != asked[key]
-    }
+    changed = {key: (stored[key], asked[key]) for key in asked if stored[key] != asked[key]}
     serious = {key: pair for key, pair in changed.items() if not is_free(key) and key not in HARDWARE}
     if serious:
         lines = "\n".join(f"  {key}: the run has {old!r}, asked for is {new!r}" for key, (old, new) in serious.items())
@@ -126,7 +121,6 @@ def check_config(directory: Path, config: Config) -> list[str]:
             f"{directory} holds a run with another config; nothing was changed:\n{lines}\n"
             "  use the stored values, another --run.name, or --run.resume=never (what is there is moved aside)"
         )
-    _write_config(path, config)
     return [
         f"{key} changed from {old!r} to {new!r}: bits may differ from an uninterrupted run"
         for key, (old, new) in changed.items()
@@ -143,15 +137,28 @@ def read_flat(path: Path) -> dict[str, Any]:
         raise BadInput(f"{path} cannot be read ({problem}); restore it or use another --run.name") from None
 
 
-def _write_config(path: Path, config: Config) -> None:
-    temporary = path.with_name(".config.yaml.new")
+def write_config(directory: Path, config: Config) -> None:
+    """Store the config of the run."""
+    temporary = directory / ".config.yaml.new"
     temporary.write_text(dump(config))
-    os.replace(temporary, path)
+    os.replace(temporary, directory / "config.yaml")
 
 
-def point(directory: Path, name: str, step: int, **values: Any) -> None:
-    """Make ``best`` or ``last`` name the checkpoint of ``step``, in a small JSON file."""
-    write_json(directory / f"{name}.json", {"checkpoint": directory_for(Path(), step).name, "step": step, **values})
+def hardware_warnings(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """What differs from the hardware a run began on."""
+    return [
+        f"{key} was {before[key]} when this run began and is {now.get(key)}: bits may differ"
+        for key in before
+        if before[key] != now.get(key)
+    ]
+
+
+def point_at(directory: Path, step: int, best: dict[str, Any] | None) -> None:
+    """Make last.json, and best.json if there is a best, name their checkpoints."""
+    for name, values in (("last", {"step": step}), ("best", best)):
+        if values is not None:
+            checkpoint = directory_for(Path(), values["step"]).name
+            write_json(directory / f"{name}.json", {"checkpoint": checkpoint, **values})
 
 
 def copy_tokenizer(directory: Path, corpus: Path) -> None:

@@ -51,7 +51,9 @@ class Metrics:
         self.directory = directory
         self.path = directory / "metrics.jsonl"
         kept = [record for record in read_metrics(directory) if record["step"] <= step]
-        self.path.write_text("".join(json.dumps(record) + "\n" for record in kept))
+        temporary = directory / ".metrics.jsonl.new"
+        temporary.write_text("".join(json.dumps(record) + "\n" for record in kept))
+        os.replace(temporary, self.path)
         self.file = open(self.path, "a")
         self.records = kept
         self.bar = tqdm(total=total_steps, initial=step, unit="step", disable=None, dynamic_ncols=True, desc="training")
@@ -121,8 +123,10 @@ class Metrics:
 
 
 def wandb_mode(config: Config) -> str:
-    """online, offline or disabled: WANDB_MODE, else tracking.wandb, whose auto asks whether this user is logged in."""
-    asked = os.environ.get("WANDB_MODE") or config.tracking.wandb
+    """online, offline or disabled: tracking.wandb, whose auto asks WANDB_MODE, and then whether one is logged in."""
+    asked: str = config.tracking.wandb
+    if asked == "auto":
+        asked = os.environ.get("WANDB_MODE", asked)
     if asked != "auto":
         return asked
     host = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
@@ -136,7 +140,9 @@ def wandb_mode(config: Config) -> str:
 def start_wandb(directory: Path, config: Config, resuming: bool) -> Any:
     """The W&B run of this directory, or None. Unreachable or refused: offline, at most 10 seconds later."""
     mode = wandb_mode(config)
-    if mode in ("disabled", "dryrun"):
+    if mode not in ("online", "offline"):
+        if mode != "disabled":
+            say(f"WANDB_MODE={mode} is none of online, offline, disabled; W&B is left out")
         return None
     import wandb
 
@@ -165,6 +171,7 @@ def start_wandb(directory: Path, config: Config, resuming: bool) -> Any:
         except Exception as problem:  # login refused, server unreachable, service not starting
             first = str(problem).splitlines()[0] if str(problem) else type(problem).__name__
             say(f"W&B {attempt} is not to be had ({first}); metrics.jsonl is written all the same")
+            wandb.teardown()  # else the run's id stays taken, and the offline run after it is refused
     return None
 
 

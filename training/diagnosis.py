@@ -33,7 +33,7 @@ NOISES = 3.0  # how many standard deviations of a curve's noise count as a movem
 SMALLEST_RISE = 0.005  # share of the best validation loss that it must have risen by
 SMALLEST_FALL = 0.01  # share of a loss that it must lose over the last fifth to count as falling
 FAST_FALL = 0.02  # share of the validation loss: a longer run comes before a larger model then
-SMALL_GAP, LARGE_GAP = 0.04, 0.15  # shares of the validation loss
+SMALL_GAP, LARGE_GAP = 0.06, 0.15  # shares of the validation loss; two parts of one text may differ by some percent
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ from training.evaluation import Calibration
 from training.run_directory import say
 
 SECONDS_BETWEEN_LINES = 5.0
-WANDB_PATIENCE = 8  # seconds to wait for the server before going on without it
+WANDB_PATIENCE = 7  # seconds to wait for the server before going on without it
 
 
 def read_metrics(directory: Path) -> list[dict[str, Any]]:

@@ -14,7 +14,7 @@ import traceback
 import types
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import yaml
 from pydantic import ValidationError
@@ -191,14 +191,19 @@ def dump(config: Config) -> str:
 
 def type_text(field: FieldInfo) -> str:
     """Type and range of a knob in words, such as ``float >= 0, < 1``."""
-    text = _annotation_text(field.annotation)
+    return f"{_annotation_text(field.annotation)} {_limits(field)}".strip()
+
+
+def _limits(field: FieldInfo) -> str:
     signs = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
     limits = [f"{signs[name]} {getattr(m, name)}" for m in field.metadata for name in signs if hasattr(m, name)]
-    return f"{text} {', '.join(limits)}".strip()
+    return ", ".join(limits)
 
 
 def _annotation_text(annotation: Any) -> str:
     origin, arguments = get_origin(annotation), get_args(annotation)
+    if origin is Annotated:
+        return f"{_annotation_text(arguments[0])} {_limits(arguments[1])}"
     if origin is Literal:
         return "|".join(str(choice) for choice in arguments)
     if origin in (Union, types.UnionType):

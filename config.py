@@ -7,9 +7,12 @@ imported here, so that help and errors come at once.
 
 from __future__ import annotations
 
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+
+Rate = Annotated[float, Field(ge=0, lt=1)]
+Count = Annotated[int, Field(ge=1)]
 
 
 class BadInput(Exception):
@@ -60,19 +63,12 @@ class Run(Section):
     with AVX512-BF16 or AMX, else fp32."""
     compile: Literal["auto", "on", "off"] = "auto"
     """torch.compile. auto: on for GPUs, off elsewhere, where compiling takes longer than it saves."""
-    threads: Literal["auto"] | int = "auto"
+    threads: Literal["auto"] | Annotated[int, Field(ge=1, le=1024)] = "auto"
     """CPU threads of one process. auto: all cores, shared by the processes of this machine."""
     resume: Literal["auto", "never"] = "auto"
     """auto: go on from the newest checkpoint of this run. never: move what is there aside and start afresh."""
     init_from: str | None = None
     """Start from these weights: a run directory, one of its checkpoints, or a Hugging Face directory."""
-
-    @field_validator("threads")
-    @classmethod
-    def _threads(cls, value: int | str) -> int | str:
-        if isinstance(value, int) and not 1 <= value <= 1024:
-            raise ValueError("must be auto, or between 1 and 1024")
-        return value
 
 
 class Data(Section):
@@ -196,8 +192,8 @@ class Optimizer(Section):
     """adamw for all tensors, or muon for the matrices of the blocks and adamw for the rest (torch.optim)."""
     lr: float = Field(2e-3, gt=0)
     """Peak learning rate of AdamW."""
-    betas: tuple[float, float] = (0.9, 0.95)
-    """AdamW's decay rates of the gradient's mean and square, each in [0, 1)."""
+    betas: tuple[Rate, Rate] = (0.9, 0.95)
+    """AdamW's decay rates of the gradient's mean and square."""
     eps: float = Field(1e-8, gt=0)
     """Added to AdamW's denominator."""
     grad_clip: float = Field(1.0, ge=0)
@@ -206,13 +202,6 @@ class Optimizer(Section):
     """Muon's peak learning rate; it follows the same schedule as lr."""
     matrix_momentum: float = Field(0.95, ge=0, lt=1)
     """Muon's Nesterov momentum."""
-
-    @field_validator("betas")
-    @classmethod
-    def _betas(cls, value: tuple[float, float]) -> tuple[float, float]:
-        if not all(0 <= beta < 1 for beta in value):
-            raise ValueError("each must be at least 0 and below 1")
-        return value
 
 
 class Schedule(Section):
@@ -348,19 +337,12 @@ class Training(Section):
 class Evaluation(Section):
     """Validation during the run."""
 
-    every: Literal["epoch"] | int | None = None
+    every: Literal["epoch"] | Count | None = None
     """Steps between evaluations, or epoch. null: ten over the run. The last step is always evaluated."""
     max_tokens: int | None = Field(None, ge=2)
     """Evaluate on only the first so many tokens. null: the whole split."""
     sample_tokens: int = Field(200, ge=0)
     """Tokens of the sample written to samples.txt at each evaluation; 0: none."""
-
-    @field_validator("every")
-    @classmethod
-    def _every(cls, value: int | str | None) -> int | str | None:
-        if isinstance(value, int) and value < 1:
-            raise ValueError("must be epoch, or at least 1")
-        return value
 
 
 class Checkpoint(Section):
@@ -404,13 +386,9 @@ class Config(Section):
     @model_validator(mode="after")
     def _consistent(self) -> Config:
         if self.regularizers.mixup_alpha and self.data.isolate_documents:
-            raise ValueError(
-                "regularizers.mixup_alpha excludes data.isolate_documents: a mixture has no documents of its own"
-            )
+            raise ValueError("regularizers.mixup_alpha excludes data.isolate_documents: mixtures have no documents")
         if self.regularizers.mixup_alpha and self.training.micro_size < 2:
-            raise ValueError(
-                "regularizers.mixup_alpha mixes inside a micro-batch: raise training.micro_batch_size to 2"
-            )
+            raise ValueError("regularizers.mixup_alpha mixes pairs: training.micro_batch_size must be at least 2")
         return self
 
     def flat(self) -> dict[str, Any]:

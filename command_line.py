@@ -6,8 +6,10 @@ Order: defaults < YAML files from left to right < flags (the last of a repeated 
 
 from __future__ import annotations
 
+import ctypes
 import difflib
 import os
+import signal
 import sys
 import textwrap
 import traceback
@@ -20,7 +22,7 @@ import yaml
 from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
-from config import BadInput, Config
+from config import BadInput, Config, Failure
 
 FINISHED, BAD_INPUT, PREEMPTED, FAILED = 0, 2, 3, 4
 
@@ -256,8 +258,16 @@ class Patient:
 
 
 def run(main: Callable[[list[str]], int | None]) -> None:
-    """Call ``main`` with the command line's words and exit with its code; a user's mistake gets no traceback."""
+    """Call ``main`` with the command line's words and exit with its code; a user's mistake gets no traceback.
+
+    SIGTERM and SIGUSR1 (SLURM's warning) interrupt like Ctrl-C, until ``main`` knows something better to do.
+    """
     sys.stdout = Patient(sys.stdout)  # type: ignore[assignment]
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.default_int_handler)
+    if sys.platform == "linux" and "TORCHELASTIC_RUN_ID" in os.environ:
+        # When torchrun is killed its processes end with it: PR_SET_PDEATHSIG.
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)
     try:
         code = main(sys.argv[1:])
     except BadInput as mistake:
@@ -265,6 +275,10 @@ def run(main: Callable[[list[str]], int | None]) -> None:
             for line in str(mistake).splitlines():
                 print(line if line.startswith(" ") else f"error: {line}", file=sys.stderr)
         code = BAD_INPUT
+    except Failure as failure:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"error: {failure}", file=sys.stderr)
+        code = FAILED
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         code = PREEMPTED

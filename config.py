@@ -19,6 +19,10 @@ class BadInput(Exception):
     """A user's mistake: the message names the thing, the place and the way out. Exit code 2, no traceback."""
 
 
+class Failure(Exception):
+    """What a run met and could not go on with, no mistake of the user. Exit code 4, no traceback."""
+
+
 class Section(BaseModel):
     """What all sections share: unknown keys, infinities, and ``true`` in place of a number are refused."""
 
@@ -50,8 +54,7 @@ class Run(Section):
     """Where and on what a run happens."""
 
     name: str | None = Field(None, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=120)
-    """Directory of the run under run.dir. null: short words and a hash of the config, so that the same
-    config finds its own run again."""
+    """Directory of the run under run.dir. null: short words and a hash of the config, which finds its run again."""
     dir: str = Field("runs", min_length=1)
     """Directory that holds the runs."""
     seed: int = Field(0, ge=0)
@@ -59,8 +62,7 @@ class Run(Section):
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     """auto: cuda if there is one, else mps, else cpu."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """Precision of matrix products; weights and optimizer state stay in fp32. auto: bf16 on GPUs and on CPUs
-    with AVX512-BF16 or AMX, else fp32."""
+    """Of matrix products; weights and moments stay in fp32. auto: bf16 on GPUs and CPUs with AVX512-BF16 or AMX."""
     compile: Literal["auto", "on", "off"] = "auto"
     """torch.compile. auto: on for GPUs, off elsewhere, where compiling takes longer than it saves."""
     threads: Literal["auto"] | Annotated[int, Field(ge=1, le=1024)] = "auto"
@@ -150,10 +152,8 @@ class Model(Section):
     @model_validator(mode="after")
     def _consistent(self) -> Model:
         if self.head_dim is None and self.d_model % self.n_heads:
-            raise ValueError(
-                f"model.d_model={self.d_model} is not divisible by model.n_heads={self.n_heads}; "
-                "change one of them or give model.head_dim"
-            )
+            sizes = f"model.d_model={self.d_model} is not divisible by model.n_heads={self.n_heads}"
+            raise ValueError(f"{sizes}; change one of them or give model.head_dim")
         if self.n_heads % self.kv_heads:
             raise ValueError(f"model.n_heads={self.n_heads} is not a multiple of model.n_kv_heads={self.n_kv_heads}")
         if self.family == "gpt2" and (self.kv_heads != self.n_heads or self.head_width * self.n_heads != self.d_model):
@@ -231,8 +231,7 @@ class Regularizers(Section):
     """What keeps the model from fitting noise. Everything is off by default except weight decay."""
 
     embedding_dropout: float = knob(0.0, "activation", typical=0.1, ge=0, lt=1)
-    """Dropout of the embedding sum, before the first block (Srivastava 2014). Helps when data repeat, hurts in one
-    epoch, as all dropouts do."""
+    """Dropout of the embedding sum, before block 1 (Srivastava 2014). Like all: on repeated data, not in one epoch."""
     attention_dropout: float = knob(0.0, "activation", typical=0.1, ge=0, lt=1)
     """Dropout of the attention weights, after the softmax (tensor2tensor, GPT-2)."""
     residual_dropout: float = knob(0.0, "activation", typical=0.1, ge=0, lt=1)
@@ -258,8 +257,7 @@ class Regularizers(Section):
     entropy_penalty: float = knob(0.0, "objective", typical=0.1, ge=0)
     """Times the mean entropy of the output, which is rewarded (Pereyra 2017). Against overconfidence."""
     weight_decay: float = knob(0.1, "weights", typical=0.1, ge=0)
-    """Decoupled decay: w <- w (1 - lr * this) before each step (Loshchilov & Hutter 2019). On repeated data values
-    of 1 to 3 are often best (Kim 2025)."""
+    """Decoupled decay: w <- w (1 - lr * this) before each step (Loshchilov & Hutter 2019). Repeated data: 1 to 3."""
     weight_decay_schedule: Literal["constant", "linear", "cosine"] = knob(
         "constant", "modifier", typical="cosine", off="constant"
     )
@@ -286,10 +284,8 @@ class Regularizers(Section):
     @model_validator(mode="after")
     def _consistent(self) -> Regularizers:
         if self.ema_decay and self.swa_start is not None:
-            raise ValueError(
-                "regularizers.ema_decay and regularizers.swa_start exclude each other: both say which average is "
-                "evaluated; set ema_decay to 0 or swa_start to null"
-            )
+            both = "regularizers.ema_decay and regularizers.swa_start exclude each other (two kinds of average)"
+            raise ValueError(f"{both}; set ema_decay to 0 or swa_start to null")
         return self
 
     @property
@@ -309,18 +305,24 @@ class Training(Section):
     """Sequences of one optimizer step, over all processes and micro-batches."""
     micro_batch_size: int | None = Field(None, ge=1)
     """Sequences that go through the model at once on one device. null: global_batch_size."""
+    deterministic: Literal["ordinary", "strict"] = "ordinary"
+    """strict: bit for bit the same weights on any number of processes with equal run.threads; costs memory and time."""
+    hang_timeout: int = Field(600, ge=1)
+    """Seconds that a process waits for the others before it stops and names the one that hangs."""
     max_nonfinite: int = Field(10, ge=1)
     """Stop after this many steps in a row whose gradient is not finite; each of them is skipped."""
+    max_failed_saves: int = Field(3, ge=1)
+    """Stop after this many checkpoints in a row that could not be written (a full disk)."""
+    max_attempts: int = Field(5, ge=1)
+    """Stop when the run has been started this often from one checkpoint and crashed before the next."""
 
     @model_validator(mode="after")
     def _consistent(self) -> Training:
         if self.max_steps is not None and self.max_epochs is not None:
             raise ValueError("training.max_steps and training.max_epochs exclude each other; set one of them to null")
         if self.global_batch_size % self.micro_size:
-            raise ValueError(
-                f"training.global_batch_size={self.global_batch_size} is not a multiple of "
-                f"training.micro_batch_size={self.micro_batch_size}"
-            )
+            sizes = f"{self.global_batch_size} is not a multiple of training.micro_batch_size={self.micro_batch_size}"
+            raise ValueError(f"training.global_batch_size={sizes}")
         return self
 
     @property

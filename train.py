@@ -9,12 +9,14 @@ from __future__ import annotations
 import math
 import os
 import signal
+import sys
 import time
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from command_line import FAILED, FINISHED, PREEMPTED, parse, run
-from config import BadInput, Config
+from command_line import FINISHED, PREEMPTED, parse, run
+from config import BadInput, Config, Failure
 
 
 def main(arguments: list[str]) -> int:
@@ -26,23 +28,28 @@ def main(arguments: list[str]) -> int:
 
     directory = path_of(config)
     stored = read_summary(directory) if config.run.resume == "auto" else {}
-    hardware = distributed.start(config.run, stored.get("hardware"))
+    hardware = distributed.start(config.run, stored.get("hardware"), config.training.hang_timeout)
     distributed.check_micro_batches(config, hardware.world)
     try:
-        return train(config, directory, hardware)
+        code = train(config, directory, hardware)
     except Exception as problem:
-        if hardware.main and not isinstance(problem, BadInput):
-            update_summary(directory, status="failed", error=f"{type(problem).__name__}: {problem}")
-        raise
-    finally:
-        distributed.stop()
+        # Another process may have been the first to fail: then this one names it instead of its own lost connection.
+        blamed = distributed.explain(problem, hardware)
+        own = read_summary(directory).get("process") == os.getpid()  # else it was refused, and the summary is another's
+        if hardware.main and own and not isinstance(problem, BadInput):
+            update_summary(directory, status="failed", error=str(blamed or f"{type(problem).__name__}: {problem}"))
+        if blamed and not hardware.main:
+            print(f"rank {hardware.rank}: {blamed}", file=sys.stderr)
+        raise blamed or problem from None
+    distributed.stop()
+    return code
 
 
 def train(config: Config, directory: Path, hardware: Any) -> int:
     """Prepare, then step after step until the run is done, told to stop, or fails."""
     import torch
 
-    from data.loader import EvaluationBatches, TrainingLoader, evaluation_batches
+    from data.loader import EvaluationBatches, TrainingLoader, evaluation_batches, fingerprint
     from data.prepare import prepare
     from data.shards import Corpus, Split
     from model.generate import sample_text
@@ -56,6 +63,8 @@ def train(config: Config, directory: Path, hardware: Any) -> int:
     from training import checkpoint, distributed, run_directory
     from training.diagnosis import diagnose
     from training.evaluation import evaluate, plain_loss
+    from training.faults import strike
+    from training.gradients import GradientSum
     from training.load_run import initial_weights, read_weights
     from training.optimizer import (
         build_optimizers,
@@ -68,6 +77,7 @@ def train(config: Config, directory: Path, hardware: Any) -> int:
         set_weight_decay,
     )
     from training.schedule import learning_rate_ratio
+    from training.spikes import is_spike
     from training.tracking import Metrics, draw, results_of, tell_results
 
     # ---------------------------------------------------------------- the run's directory, ours alone
@@ -118,12 +128,15 @@ def train(config: Config, directory: Path, hardware: Any) -> int:
     model.to(hardware.device)
     optimizers = build_optimizers(model, config)
     average = WeightAverage(regularizers, total_steps)
+    gradients = GradientSum(model, hardware, training.micro_batches, training.deterministic == "strict")
     forward = torch.compile(model) if hardware.compile else model
 
     # ---------------------------------------------------------------- resume
     checkpoints = directory / "checkpoints"
-    step, best, nonfinite = 0, None, 0
+    step, best, nonfinite, failed_saves = 0, None, 0, 0
     val_losses: list[float] = []  # what early stopping judges by
+    losses: list[float] = []  # of the last steps, by which a spike is told
+    spikes, samples = 0, 0  # how many; a fingerprint of all samples trained on, this process's share of it
     found, damaged = None, []
     if not fresh:
         found, damaged = distributed.on_main(hardware, lambda: checkpoint.find_newest(checkpoints))
@@ -137,8 +150,16 @@ def train(config: Config, directory: Path, hardware: Any) -> int:
         load_optimizer_state(optimizers, checkpoint.read_tensors(newest, "optimizer"))
         state = checkpoint.read_state(newest)
         step, best, nonfinite, val_losses = state["step"], state["best"], state["nonfinite"], state["val_losses"]
+        losses, spikes, samples = state["losses"], state["spikes"], state["samples"] if hardware.main else 0
         if state["average_count"]:
             average.load(checkpoint.read_tensors(newest, "average"), state["average_count"], model)
+    attempt = distributed.on_main(hardware, lambda: run_directory.count_attempt(before, step, training.max_attempts))
+    # ---------------------------------------------------------------- signals: finish the step, save, leave
+    told_to_stop: list[int] = []
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, lambda number, _: stop_after_this_step(number, told_to_stop))
+
+    # ---------------------------------------------------------------- from here on the run is written to
     if hardware.main:
         if fresh:
             lock.pop().close()
@@ -157,6 +178,8 @@ def train(config: Config, directory: Path, hardware: Any) -> int:
             directory,
             status="running",
             error=None,
+            process=os.getpid(),
+            attempt=attempt,
             hardware=hardware.describe(),
             versions=before.get("versions") or run_directory.versions(),
             corpus=corpus.fingerprint,
@@ -172,11 +195,6 @@ def train(config: Config, directory: Path, hardware: Any) -> int:
         print("\n".join(describe_groups(optimizers)), flush=True)
     metrics = Metrics(directory, config, step, total_steps) if hardware.main else None
 
-    # ---------------------------------------------------------------- signals: finish the step, save, leave
-    told_to_stop: list[int] = []
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-        signal.signal(number, lambda number, _: stop_after_this_step(number, told_to_stop))
-
     # ---------------------------------------------------------------- steps
     model.train()
     tokenizer = corpus.tokenizer()
@@ -187,16 +205,17 @@ def train(config: Config, directory: Path, hardware: Any) -> int:
         ratio = learning_rate_ratio(config.schedule, step, total_steps)
         set_learning_rate(optimizers, ratio)
         set_weight_decay(optimizers, weight_decay_at(regularizers, step, total_steps))
-        terms: dict[str, torch.Tensor] = {}
         for micro_batch in distributed.my_micro_batches(hardware, training.micro_batches):
-            batch = loader.batch(step, micro_batch * training.micro_size, training.micro_size).to(hardware.device)
+            first = micro_batch * training.micro_size
+            batch = loader.batch(step, first, training.micro_size).to(hardware.device)
+            samples += fingerprint(step * training.global_batch_size + first, batch.sample_ids_B)
             place = (seed, step, micro_batch)  # all that the randomness of this micro-batch depends on
             seed_activations(*place)
             tokens_BT = replace_tokens(batch.tokens_BT, regularizers.token_replacement, corpus.vocab_size, *place)
             changes = draw_changes((*tokens_BT.shape, config.model.d_model), regularizers, *place, hardware.device)
             with hardware.autocast():
                 hidden_BTD = forward(tokens_BT, batch.positions_BT, batch.documents_BT, changes=changes)
-            part = objective(
+            terms = objective(
                 hidden_BTD.flatten(0, 1).to(hardware.dtype),
                 model.output_weight,
                 batch.targets_BT.flatten(),
@@ -204,14 +223,19 @@ def train(config: Config, directory: Path, hardware: Any) -> int:
                 targets_in_step,
                 mixed=changes.mixed_targets(batch.targets_BT) if changes else None,
             )
-            part["objective"].backward()
-            terms = {name: terms.get(name, 0) + value.detach() for name, value in part.items()}
-        distributed.sum_gradients(model, hardware)
+            terms["objective"].backward()
+            strike("gradient", step + 1, chain(terms.values(), (weight.grad for weight in model.parameters())))
+            # What is summed along with the gradients: the loss terms, and whether this process was told to stop.
+            told = terms["objective"].new_full((), bool(told_to_stop))
+            gradients.add(micro_batch, torch.stack([*(terms[name].detach() for name in sorted(terms)), told]))
+        sums_N = gradients.total()
         add_penalty_gradients(decayed_parameters(optimizers).values(), regularizers)
-        gradient_norm = clip_gradients(model, config.optimizer.grad_clip)
+        norm = clip_gradients(model, config.optimizer.grad_clip)
+        gradient_norm, *sums, stop_votes = torch.cat([norm[None], sums_N]).tolist()  # the step's only synchronisation
+        step_terms = dict(zip(sorted(terms), sums, strict=True))
 
         # A gradient that is not finite changes nothing, on no process: it is summed, so all see the same.
-        if bool(gradient_norm.isfinite()):
+        if math.isfinite(gradient_norm):
             for optimizer in optimizers:
                 optimizer.step()
             nonfinite = 0
@@ -224,21 +248,32 @@ def train(config: Config, directory: Path, hardware: Any) -> int:
             optimizer.zero_grad(set_to_none=True)
         step += 1
         average.update(model, step)
+        strike("weights", step, model.parameters())
         seconds, steps_timed = seconds + time.perf_counter() - started, steps_timed + 1
 
         # ------------------------------------------------------------ record
-        last = step == total_steps or nonfinite >= training.max_nonfinite
-        stopping = distributed.any_process(bool(told_to_stop), hardware)
+        if nonfinite >= training.max_nonfinite:
+            raise Failure(
+                f"step {step}: the gradient was not finite {nonfinite} times in a row; lower optimizer.lr, "
+                "and start again to go on from the last checkpoint"
+            )
+        last, stopping = step == total_steps, stop_votes > 0
         record: dict[str, Any] = {}
-        if step % config.tracking.log_every == 0 or step == 1 or last:
-            values = distributed.total(torch.stack([terms[name] for name in sorted(terms)]), hardware).tolist()
-            record = {f"train/{name}": value for name, value in zip(sorted(terms), values, strict=True)}
-            record["train/grad_norm"] = gradient_norm.item()
+        spike = is_spike(step_terms["objective"], losses)
+        if spike:
+            spikes += 1
+            if hardware.main:
+                run_directory.say(f"step {step}: the objective jumped to {step_terms['objective']:.4g}")
+        if step % config.tracking.log_every == 0 or step == 1 or last or spike:
+            record = {f"train/{name}": value for name, value in step_terms.items()}
+            record |= {"train/spikes": spikes} if spikes else {}
+            record["train/grad_norm"] = gradient_norm
             record["train/lr"] = config.optimizer.lr * ratio
             record["train/tokens_per_second"] = steps_timed * targets_in_step / seconds
             seconds, steps_timed = 0.0, 0
         evaluated = evaluation_is_due(step) or last
         if evaluated:
+            strike("evaluate", step)
             results, calibration = evaluate(model, val_batches, hardware, bytes_per_token)
             record |= {f"val/{name}": value for name, value in results.items()}
             record["gap/loss"] = results["loss"] - plain_loss(model, gap_batches, hardware)
@@ -247,6 +282,7 @@ def train(config: Config, directory: Path, hardware: Any) -> int:
                     results, calibration = evaluate(model, val_batches, hardware, bytes_per_token)
                 record |= {f"val_average/{name}": value for name, value in results.items()}
             val_losses.append(results["loss"])
+            best_saved = best
             if math.isfinite(results["loss"]) and (best is None or results["loss"] < best["val/loss"]):
                 best = {"step": step, "val/loss": results["loss"], "val/bits_per_byte": results["bits_per_byte"]}
             stopped_early = patience_is_over(val_losses, regularizers)
@@ -263,25 +299,30 @@ def train(config: Config, directory: Path, hardware: Any) -> int:
         improved = evaluated and best is not None and best["step"] == step
         due = step % config.checkpoint.every == 0 if config.checkpoint.every else evaluated
         if due or improved or last or stopping:
-            if metrics is not None:
-                metrics.sync()
-                tensors = {"model": model.state_dict(), "optimizer": optimizer_state(optimizers)}
-                if average.count:
-                    tensors["average"] = average.weights
-                state = {"best": best, "nonfinite": nonfinite, "val_losses": val_losses}
-                state |= {"average_count": average.count, "tokens": step * targets_in_step}
-                checkpoint.save(checkpoints, step, tensors, state)
-                run_directory.point_at(directory, step, best)
-                checkpoint.prune(checkpoints, config.checkpoint.keep, {best["step"]} if best else set())
-            distributed.barrier(hardware)
+            distributed.check_weights(model, step, hardware)
+            shares = distributed.gathered(torch.tensor([samples % 2**62], device=hardware.device), hardware)
+            tensors = {"model": model.state_dict(), "optimizer": optimizer_state(optimizers)}
+            if average.count:
+                tensors["average"] = average.weights
+            state = {"best": best, "nonfinite": nonfinite, "val_losses": val_losses, "losses": losses}
+            state |= {"spikes": spikes, "samples": sum(shares.flatten().tolist()) % 2**62}
+            state |= {"average_count": average.count, "tokens": step * targets_in_step}
+            refused = distributed.refused_on_main(
+                hardware, run_directory.save, directory, step, tensors, state, config.checkpoint.keep, metrics
+            )
+            failed_saves = failed_saves + 1 if refused else 0
+            if refused and improved:
+                best = best_saved  # whose weights are on the disk
+            if refused and (failed_saves >= training.max_failed_saves or last or stopping):
+                raise Failure(f"step {step}: {refused}; make room and start again to go on from the last checkpoint")
+            if refused and hardware.main:
+                run_directory.say(f"step {step}: {refused}; training goes on ({failed_saves} failed in a row)")
         if last or stopping:
             break
 
     # ---------------------------------------------------------------- the end
     status, code = "finished", FINISHED
-    if nonfinite >= training.max_nonfinite:
-        status, code = "failed", FAILED
-    elif step < total_steps and not stopped_early:
+    if step < total_steps and not stopped_early:
         status, code = "preempted", PREEMPTED
     test: dict[str, float] = {}
     if status == "finished" and best is not None and "test" in corpus.manifest["splits"]:
@@ -299,6 +340,7 @@ def train(config: Config, directory: Path, hardware: Any) -> int:
             status=status,
             steps=step,
             tokens=step * targets_in_step,
+            samples=f"{state['samples']:016x}",
             stopped_early=stopped_early,
             diagnosis=diagnose(metrics.records, config).verdict,
             sparsity=sparsity(decayed_parameters(optimizers)) if regularizers.l1 else None,

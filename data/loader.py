@@ -199,6 +199,19 @@ def evaluation_batches(
     return EvaluationBatches(split, context_length, batch_size, isolate_documents)
 
 
+def fingerprint(first_sample: int, sample_ids_B: np.ndarray) -> int:
+    """A number below 2^62 for "the run's samples first_sample, first_sample + 1, ... were these".
+
+    The sum of the numbers of all parts stands for all samples of a run, however they were shared out into
+    micro-batches and processes. (The mixing is SplitMix64's, Steele 2014.)
+    """
+    place = np.arange(first_sample, first_sample + len(sample_ids_B), dtype=np.uint64)
+    mixed = place * np.uint64(0x9E3779B97F4A7C15) + sample_ids_B.astype(np.uint64) * np.uint64(0xD1342543DE82EF95)
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+        mixed = (mixed ^ (mixed >> np.uint64(shift))) * np.uint64(factor)
+    return sum((mixed ^ (mixed >> np.uint64(31))).tolist()) % 2**62
+
+
 def starts_within(starts: np.ndarray, begin: int, end: int) -> np.ndarray:
     """Which of the ascending ``starts`` lie in begin..end, counted from ``begin``."""
     first, last = np.searchsorted(starts, (begin, end))

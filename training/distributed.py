@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
 
@@ -13,7 +13,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from config import BadInput, Config, Run
+from config import BadInput, Config, Failure, Run
+
+SECONDS_FOR_ROLL_CALL = 5  # in which a process that still runs answers
 
 
 @dataclass(frozen=True)
@@ -26,6 +28,8 @@ class Hardware:
     precision: str
     compile: bool
     threads: int
+    hang_timeout: int = 600
+    store: Any = field(default=None, repr=False, compare=False)  # torch's key-value store of the launch
 
     @property
     def main(self) -> bool:
@@ -54,11 +58,11 @@ class Hardware:
         }
 
 
-def start(config: Run, stored: dict[str, Any] | None = None) -> Hardware:
-    """Join the other processes, if torchrun started several, and resolve every ``auto``.
+def start(config: Run, stored: dict[str, Any] | None = None, hang_timeout: int = 600) -> Hardware:
+    """Join the other processes, if torchrun or srun started several, and resolve every ``auto``.
 
-    ``stored`` is the hardware a run began with: its values win over ``auto``. Raises BadInput for a device
-    this machine does not have.
+    ``stored`` is the hardware a run began with: its values win over ``auto``. ``hang_timeout``: seconds to wait
+    for another process. Raises BadInput for a device this machine does not have.
     """
     stored = stored or {}
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
@@ -87,9 +91,13 @@ def start(config: Run, stored: dict[str, Any] | None = None) -> Hardware:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         threads = stored["threads"] if same_device else max(1, cores // local_world)
     torch.set_num_threads(int(threads))
+    store = None
     if world > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if kind == "cuda" else "gloo", timeout=timedelta(minutes=10))
-    return Hardware(rank, world, device, precision, compiled, int(threads))
+        patience = timedelta(seconds=hang_timeout)
+        store, _, _ = next(dist.rendezvous("env://", rank, world, timeout=patience))
+        backend = "nccl" if kind == "cuda" else "gloo"
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=patience)
+    return Hardware(rank, world, device, precision, compiled, int(threads), hang_timeout, store)
 
 
 def has_fast_bf16(kind: str) -> bool:
@@ -101,10 +109,11 @@ def has_fast_bf16(kind: str) -> bool:
     return False
 
 
-def my_micro_batches(hardware: Hardware, micro_batches: int) -> range:
-    """The global indices of the micro-batches that this process computes in each step, in a contiguous run."""
+def my_micro_batches(hardware: Hardware, micro_batches: int, rank: int | None = None) -> range:
+    """The global indices of the micro-batches that this process (or ``rank``) computes, in a contiguous run."""
     share = micro_batches // hardware.world
-    return range(hardware.rank * share, (hardware.rank + 1) * share)
+    first = share * (hardware.rank if rank is None else rank)
+    return range(first, first + share)
 
 
 def check_micro_batches(config: Config, world: int) -> None:
@@ -119,17 +128,6 @@ def check_micro_batches(config: Config, world: int) -> None:
         f"{count} micro-batches of {config.training.micro_size} sequences cannot be shared by {world} processes; "
         f"use {way}, or a number of processes out of {processes}"
     )
-
-
-def sum_gradients(model: nn.Module, hardware: Hardware) -> None:
-    """Add the gradients of all processes, in place; they were divided by the step's global count of targets."""
-    if hardware.world == 1:
-        return
-    gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
-    flat = torch._utils._flatten_dense_tensors(gradients)
-    dist.all_reduce(flat)
-    for gradient, summed in zip(gradients, torch._utils._unflatten_dense_tensors(flat, gradients), strict=True):
-        gradient.copy_(summed)
 
 
 def total(values: Tensor, hardware: Hardware) -> Tensor:
@@ -154,26 +152,101 @@ def from_main(value: Any, hardware: Hardware) -> Any:
 
 
 def on_main(hardware: Hardware, work: Callable[[], Any]) -> Any:
-    """What ``work`` returns on the main process (JSON-like), on all; a BadInput there is raised by all."""
+    """What ``work`` returns on the main process (JSON-like), on all; its BadInput, Failure or OSError there is
+    raised by all, the last as BadInput."""
     answer: dict[str, Any] = {}
     if hardware.main:
         try:
             answer = {"value": work()}
         except (BadInput, OSError) as mistake:
             answer = {"mistake": str(mistake)}
+        except Failure as failure:
+            answer = {"failure": str(failure)}
     answer = from_main(answer, hardware)
     if "mistake" in answer:
         raise BadInput(answer["mistake"])
+    if "failure" in answer:
+        raise Failure(answer["failure"])
     return answer["value"]
 
 
-def any_process(flag: bool, hardware: Hardware) -> bool:
-    """Whether the flag is up on any process."""
+def refused_on_main(hardware: Hardware, work: Callable[..., Any], *arguments: Any) -> str:
+    """Why the machine refused ``work`` on the main process (an OSError's words), on all; empty when it was done."""
+
+    def attempt() -> str:
+        try:
+            work(*arguments)
+        except OSError as problem:
+            return str(problem)
+        return ""
+
+    return on_main(hardware, attempt)
+
+
+def gathered(values: Tensor, hardware: Hardware) -> Tensor:
+    """The ``values`` [n] of every process, [world, n]."""
     if hardware.world == 1:
-        return flag
-    raised = torch.tensor([int(flag)], device=hardware.device)
-    dist.all_reduce(raised, op=dist.ReduceOp.MAX)
-    return bool(raised.item())
+        return values[None]
+    everyone = [torch.empty_like(values) for _ in range(hardware.world)]
+    dist.all_gather(everyone, values)
+    return torch.stack(everyone)
+
+
+def check_weights(model: nn.Module, step: int, hardware: Hardware) -> None:
+    """Raises Failure when a weight is not finite, or differs between processes, naming the tensor and the ranks.
+
+    What each process compares is the sum of each tensor's bits, read as integers: one changed number changes it.
+    """
+    named = dict(model.named_parameters())
+    for name, parameter in named.items():
+        if not bool(parameter.isfinite().all()):
+            raise Failure(f"step {step}: {name} is not finite any more; it is not saved. Lower optimizer.lr")
+    if hardware.world == 1:
+        return
+    bits = torch.stack([parameter.detach().view(torch.int32).sum(dtype=torch.int64) for parameter in named.values()])
+    everyone = gathered(bits, hardware)
+    usual = everyone.mode(dim=0).values if hardware.world > 2 else everyone[0]
+    differs = everyone != usual  # [world, tensors]
+    if differs.any():
+        ranks = differs.any(dim=1).nonzero().flatten().tolist()
+        tensors = [name for name, one in zip(named, differs.any(dim=0).tolist(), strict=True) if one]
+        raise Failure(
+            f"step {step}: the weights of rank {', '.join(map(str, ranks))} differ from the others' in "
+            f"{', '.join(tensors[:3])}{' and more' if len(tensors) > 3 else ''}; nothing of this step is saved. "
+            "Start again to go on from the last checkpoint; if it happens again, look at the memory of that machine"
+        )
+
+
+def explain(problem: Exception, hardware: Hardware) -> Failure | None:
+    """Who is to blame when this process cannot go on, as a Failure; None when the problem is its own.
+
+    Whoever stops for a problem of its own says so in the store; who still runs answers; who does neither within
+    a few seconds hangs or was killed.
+    """
+    if hardware.world == 1 or hardware.store is None:
+        return None
+    own = not (isinstance(problem, dist.DistError) or "gloo" in str(problem))
+    words = str(problem).splitlines()[0] if str(problem) else ""
+    try:
+        store = hardware.store
+        store.set_timeout(timedelta(seconds=SECONDS_FOR_ROLL_CALL))
+        store.set(f"stopped/{hardware.rank}", f"failed with {type(problem).__name__}: {words}" if own else "")
+        if own:
+            return None
+        blamed = []
+        for rank in range(hardware.world):
+            try:
+                reason = store.get(f"stopped/{rank}").decode()
+            except dist.DistError:
+                timed_out = "timed out" in words.lower()
+                reason = f"hangs: nothing came from it for {hardware.hang_timeout} s" if timed_out else "was killed"
+            if reason:
+                blamed.append(f"rank {rank} {reason}")
+    except dist.DistError:
+        blamed = ["the process that holds the launch together (rank 0, or torchrun) is gone"]
+    if not blamed:
+        return Failure(f"the processes lost each other ({words})")
+    return Failure("; ".join(blamed) + ". Start again to go on from the last checkpoint")
 
 
 def barrier(hardware: Hardware) -> None:

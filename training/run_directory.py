@@ -14,19 +14,25 @@ import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 import yaml
 
 from command_line import dump
-from config import BadInput, Config
+from config import BadInput, Config, Failure
 from data.sources import short_name
+from training import checkpoint
 from training.checkpoint import directory_for, existing, write_json
+
+if TYPE_CHECKING:
+    from training.tracking import Metrics
 
 # Knobs that say where a run lives, how it is watched and what is kept of it. They are left out of the default
 # name and may change on resume; every other change is another run.
-FREE = ("run.name", "run.dir", "run.resume", "training.max_nonfinite", "tracking.", "checkpoint.")
+LIMITS = tuple(f"training.{name}" for name in ("hang_timeout", "max_nonfinite", "max_failed_saves", "max_attempts"))
+FREE = ("run.name", "run.dir", "run.resume", *LIMITS, "tracking.", "checkpoint.")
 # Knobs whose resolved value is stored with the run; a change on resume is taken, with a warning that bits may differ.
 HARDWARE = ("run.device", "run.precision", "run.compile", "run.threads")
 
@@ -68,6 +74,12 @@ def lock(directory: Path) -> TextIO:
         raise BadInput(
             f"{directory} is in use by {owner}; wait for it, stop it, or give this run another --run.name"
         ) from None
+    try:
+        (directory / "checkpoints").mkdir(exist_ok=True)
+        with tempfile.TemporaryFile(dir=directory / "checkpoints") as probe:
+            probe.write(b"room")
+    except OSError as problem:
+        raise BadInput(f"cannot write to {directory / 'checkpoints'}: {problem.strerror}") from None
     file.truncate(0)
     file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
     file.flush()
@@ -128,6 +140,24 @@ def check_config(directory: Path, config: Config) -> list[str]:
     ]
 
 
+def count_attempt(before: dict[str, Any], step: int, limit: int) -> dict[str, int]:
+    """Which attempt this start is to get from the checkpoint of ``step`` to the next, for the summary.
+
+    A start counts when the one ``before`` began at the same step and crashed. Raises Failure beyond ``limit``.
+    """
+    last = before.get("attempt", {})
+    crashed = before.get("status") in ("running", "failed") and last.get("from_step") == step
+    number = last["number"] + 1 if crashed else 1
+    if number > limit:
+        reason = f" ({before['error']})" if before.get("error") else ""
+        raise Failure(
+            f"the run was started {last['number']} times from step {step} and never reached its next checkpoint"
+            f"{reason}. Mend the cause, or save more often with --checkpoint.every; then start it again with "
+            f"--training.max_attempts={limit + 5}"
+        )
+    return {"from_step": step, "number": number}
+
+
 def read_flat(path: Path) -> dict[str, Any]:
     """A run's stored config.yaml as ``{"section.key": value}``."""
     try:
@@ -159,6 +189,20 @@ def point_at(directory: Path, step: int, best: dict[str, Any] | None) -> None:
         if values is not None:
             checkpoint = directory_for(Path(), values["step"]).name
             write_json(directory / f"{name}.json", {"checkpoint": checkpoint, **values})
+
+
+def save(
+    directory: Path, step: int, tensors: dict[str, Any], state: dict[str, Any], keep: int, metrics: Metrics
+) -> None:
+    """Commit the checkpoint of ``step``, point at it, and only then prune older ones.
+
+    The lines of ``metrics`` go to the disk first: a resume counts on them. Raises OSError when the disk refuses.
+    """
+    checkpoints, best = directory / "checkpoints", state["best"]
+    metrics.sync()
+    checkpoint.save(checkpoints, step, tensors, state)
+    point_at(directory, step, best)
+    checkpoint.prune(checkpoints, keep, {best["step"]} if best else set())
 
 
 def copy_tokenizer(directory: Path, corpus: Path) -> None:

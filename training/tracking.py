@@ -65,13 +65,17 @@ class Metrics:
         # JSON has no word for nan and inf: what is not finite is logged as null.
         record = {key: finite(value) if isinstance(value, float) else value for key, value in record.items()}
         self.records.append(record)
-        self.file.write(json.dumps(record) + "\n")
-        self.file.flush()
+        try:
+            self.file.write(json.dumps(record) + "\n")
+            self.file.flush()
+        except OSError:  # a full disk: the line waits in the file's buffer, and the next checkpoint's sync tells
+            pass
         self._mirror(record)
         self._tell(record)
 
     def sync(self) -> None:
-        """Bring all lines to the disk, before a checkpoint that counts on them."""
+        """Bring all lines to the disk, before a checkpoint that counts on them; raises OSError when it refuses."""
+        self.file.flush()
         os.fsync(self.file.fileno())
 
     def finish(self, summary: dict[str, Any], exit_code: int = 0) -> None:
@@ -189,11 +193,14 @@ def finite(value: float) -> float | None:
 
 
 def draw(directory: Path, records: list[dict[str, Any]], config: Config, calibration: Calibration) -> None:
-    """curves.png with the diagnosis so far, reliability.png and samples.txt, all made anew."""
-    curves(records, directory / "curves.png", directory.name, diagnose(records, config).headline)
-    reliability(calibration, directory / "reliability.png", directory.name)
+    """curves.png with the diagnosis so far, reliability.png and samples.txt, all made anew, if the disk has room."""
     samples = [f"=== step {record['step']} ===\n{record['sample']}\n" for record in records if "sample" in record]
-    (directory / "samples.txt").write_text("\n".join(samples))
+    try:
+        curves(records, directory / "curves.png", directory.name, diagnose(records, config).headline)
+        reliability(calibration, directory / "reliability.png", directory.name)
+        (directory / "samples.txt").write_text("\n".join(samples))
+    except OSError as problem:
+        say(f"no pictures this time: {problem}")
 
 
 def results_of(records: list[dict[str, Any]], best: dict[str, Any] | None, test: dict[str, float]) -> dict[str, Any]:

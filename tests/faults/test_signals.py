@@ -1,0 +1,75 @@
+"""Asked to stop, a run stops with everything saved, and goes on the same (cases 12 to 14)."""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from launch import end, start, wait_until
+
+from runs import same_as
+from training.checkpoint import existing, problem_of, read_state
+from training.run_directory import read_summary
+from training.tracking import read_metrics
+
+Flags = Callable[..., list[str]]
+
+SHARED = {"training__micro_batch_size": 4, "tracking__log_every": 1, "regularizers__residual_dropout": 0.2}
+
+
+@pytest.mark.slow
+@pytest.mark.fault(12, 14)
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+def test_a_signal_to_one_rank_stops_all_at_the_same_step(number: int, tiny: Flags, tmp_path: Path) -> None:
+    assert end(start(tiny(run__name="alone", **SHARED), tmp_path, 2))[0] == [0, 0]
+    run = tmp_path / "runs/tiny"
+    processes = start(tiny(**SHARED), tmp_path, 2)
+    wait_until(lambda: len(read_metrics(run)) >= 3, processes[0])
+    processes[1].send_signal(number)
+    codes, output, errors = end(processes)
+    assert codes == [3, 3], errors
+    assert "The same command goes on from here" in output and "Traceback" not in errors
+    summary = read_summary(run)
+    assert summary["status"] == "preempted" and 3 <= summary["steps"] < 24
+    newest = existing(run / "checkpoints")[0]
+    assert problem_of(newest) is None and read_state(newest)["step"] == summary["steps"]
+    assert end(start(tiny(**SHARED), tmp_path, 2))[0] == [0, 0]
+    same_as(tmp_path / "runs/alone", run)
+
+
+@pytest.mark.slow
+@pytest.mark.fault(13)
+@pytest.mark.parametrize("moment", ["start-up", "save"])
+def test_signals_at_bad_moments(moment: str, tiny: Flags, tmp_path: Path) -> None:
+    """At any moment of the start-up, or twice during a save: one valid checkpoint or none, and then the same end."""
+    assert end(start(tiny(run__name="alone", **SHARED), tmp_path))[0] == [0]
+    run = tmp_path / "runs/tiny"
+    flags = tiny(checkpoint__every=1, **SHARED)
+    for attempt in range(6):
+        (process,) = start(flags, tmp_path)
+        if moment == "start-up":
+            time.sleep(0.3 + 0.5 * attempt)
+        else:
+            wait_until(lambda: list((run / "checkpoints").glob(".saving_*")), process)
+        process.send_signal(signal.SIGTERM)
+        time.sleep(0.01)
+        process.send_signal(signal.SIGTERM)
+        codes, _, errors = end([process])
+        # In the first tenth of a second the interpreter knows no signals of ours yet; nothing exists then.
+        assert codes == [3] or (moment == "start-up" and codes == [0]), (codes, errors)
+        assert "Traceback" not in errors
+        assert all(problem_of(path) is None for path in existing(run / "checkpoints"))
+    assert end(start(flags, tmp_path))[0] == [0]
+    same_as(tmp_path / "runs/alone", run)
+
+
+def test_a_second_ctrl_c_leaves_at_once(tiny: Flags, tmp_path: Path) -> None:
+    (process,) = start(tiny(training__max_steps=100_000, evaluation__every=100_000), tmp_path)
+    wait_until(lambda: read_metrics(tmp_path / "runs/tiny"), process)
+    process.send_signal(signal.SIGINT)
+    process.send_signal(signal.SIGINT)
+    codes, _, errors = end([process])
+    assert codes == [3] and "Traceback" not in errors

@@ -1,0 +1,29 @@
+"""Jumps of the training loss: noticed, logged, counted. What they do to the weights, gradient clipping bounds.
+
+Judged as OLMo 2's skip-step does (2501.00656): against the mean and spread of the losses before it.
+"""
+
+from __future__ import annotations
+
+import math
+from statistics import fmean, pstdev
+
+WINDOW = 128  # steps that are remembered
+NEEDED = 16  # before anything is called a jump
+SPREADS = 6.0  # standard deviations above the mean
+LEAST = 0.5  # nats above the mean: a nearly constant loss has hardly any spread
+
+
+def is_spike(loss: float, history: list[float]) -> bool:
+    """Whether ``loss`` (nats per token) jumps out of the ``history`` before it, which it then joins, in place.
+
+    A jump joins as the largest value that is none, so that one does not hide the next, and a loss that stays high
+    is told a few times only.
+    """
+    limit = math.inf
+    if len(history) >= NEEDED:
+        limit = fmean(history) + max(LEAST, SPREADS * pstdev(history))
+    if math.isfinite(loss):
+        history.append(min(loss, limit))
+        del history[:-WINDOW]
+    return loss > limit

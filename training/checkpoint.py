@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from config import BadInput
+from training.faults import strike
 
 NAME = re.compile(r"step_(\d{8,})")
 
@@ -29,6 +30,11 @@ NAME = re.compile(r"step_(\d{8,})")
 def directory_for(checkpoints: Path, step: int) -> Path:
     """The directory of the checkpoint of ``step``."""
     return checkpoints / f"step_{step:08d}"
+
+
+def step_of(checkpoint: Path) -> int:
+    """The step in a checkpoint's name."""
+    return int(checkpoint.name.split("_")[1])
 
 
 def save(checkpoints: Path, step: int, tensors: dict[str, dict[str, Tensor]], state: dict[str, Any]) -> Path:
@@ -52,10 +58,13 @@ def save(checkpoints: Path, step: int, tensors: dict[str, dict[str, Tensor]], st
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         temporary.mkdir()
+        strike("save-begin", step)
         for name, contents in tensors.items():
             on_cpu = {key: value.detach().cpu().contiguous() for key, value in contents.items()}
             save_file(on_cpu, temporary / f"{name}.safetensors", metadata={"format": "pt"})
+            strike("save-file", step)
         (temporary / "state.json").write_text(json.dumps({"step": step, **state}, indent=1))
+        strike("save-state", step)
         files = {}
         for path in sorted(temporary.iterdir()):
             _sync(path)
@@ -63,7 +72,9 @@ def save(checkpoints: Path, step: int, tensors: dict[str, dict[str, Tensor]], st
         (temporary / "manifest.json").write_text(json.dumps({"step": step, "files": files}, indent=1))
         _sync(temporary / "manifest.json")
         _sync(temporary)
+        strike("save-manifest", step)
         os.rename(temporary, final)
+        strike("save-renamed", step)
         _sync(checkpoints)
     except (OSError, SafetensorError) as problem:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -106,7 +117,7 @@ def existing(checkpoints: Path) -> list[Path]:
     if not checkpoints.is_dir():
         return []
     found = [path for path in checkpoints.iterdir() if NAME.fullmatch(path.name) and not path.is_symlink()]
-    return sorted(found, key=lambda path: int(path.name.split("_")[1]), reverse=True)
+    return sorted(found, key=step_of, reverse=True)
 
 
 def newest(checkpoints: Path) -> tuple[Path | None, list[str]]:
@@ -139,7 +150,7 @@ def find_newest(checkpoints: Path) -> tuple[str | None, list[str]]:
 def set_aside_newer(checkpoints: Path, step: int) -> None:
     """Rename the damaged checkpoints after ``step``, from which the run goes on: none may count as newest again."""
     for checkpoint in existing(checkpoints):
-        if int(checkpoint.name.split("_")[1]) > step:
+        if step_of(checkpoint) > step:
             aside = checkpoint.with_name(f"{checkpoint.name}.damaged")
             shutil.rmtree(aside, ignore_errors=True)
             os.rename(checkpoint, aside)
@@ -162,7 +173,10 @@ def read_tensors(checkpoint: Path, name: str) -> dict[str, Tensor]:
 def prune(checkpoints: Path, keep: int, protected: set[int]) -> None:
     """Delete all but the newest ``keep`` checkpoints and those of ``protected`` steps."""
     safe = {directory_for(checkpoints, step) for step in protected}
-    for checkpoint in existing(checkpoints)[keep:]:
+    found = existing(checkpoints)
+    if found:
+        strike("prune-begin", step_of(found[0]))
+    for checkpoint in found[keep:]:
         if checkpoint not in safe:
             _remove(checkpoint)
 
@@ -193,6 +207,7 @@ def _remove(checkpoint: Path) -> None:
     doomed = checkpoint.with_name(f".deleting_{checkpoint.name}")
     shutil.rmtree(doomed, ignore_errors=True)
     os.rename(checkpoint, doomed)
+    strike("prune-renamed", step_of(checkpoint))
     shutil.rmtree(doomed, ignore_errors=True)
 
 

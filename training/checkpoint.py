@@ -93,7 +93,7 @@ def problem_of(checkpoint: Path) -> str | None:
         files = {str(name): (int(entry["size"]), str(entry["sha256"])) for name, entry in manifest["files"].items()}
         if NAME.fullmatch(checkpoint.name) and directory_for(checkpoint.parent, manifest["step"]) != checkpoint:
             return f"{manifest_path} is of step {manifest['step']}"
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as problem:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as problem:
         return f"{manifest_path} cannot be read ({problem or type(problem).__name__})"
     for needed in ("model.safetensors", "state.json"):
         if needed not in files:

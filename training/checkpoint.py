@@ -19,7 +19,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from config import BadInput
 from training.faults import strike
@@ -168,6 +168,18 @@ def read_tensors(checkpoint: Path, name: str) -> dict[str, Tensor]:
         return {key: value.clone() for key, value in load_file(path).items()}  # loaded tensors alias the file
     except (OSError, SafetensorError) as problem:
         raise BadInput(f"{path} cannot be read as safetensors: {problem}") from None
+
+
+def load_weights(model: nn.Module, checkpoint: Path) -> None:
+    """Put the checkpoint's raw weights into the model; raises BadInput when they are those of another network."""
+    try:
+        model.load_state_dict(read_tensors(checkpoint, "model"))
+    except RuntimeError as problem:
+        listed = " ".join(str(problem).split())
+        raise BadInput(
+            f"{checkpoint / 'model.safetensors'} does not fit this model: {listed}; restore the checkpoint, the code "
+            "that wrote it, or start afresh with --run.resume=never (what is there is moved aside)"
+        ) from None
 
 
 def prune(checkpoints: Path, keep: int, protected: set[int]) -> None:

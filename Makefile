@@ -1,11 +1,12 @@
-# make train   train a small GPT on real text, in minutes, on any machine
-# make test    format, lint, types and tests
-# Both make .venv and install what they need the first time.
+# make train         train a small GPT on real text, in minutes, on any machine
+# make test          format, lint, types and tests
+# make test-faults   the tests that kill and damage runs again and again
+# All make .venv and install what they need the first time.
 
 PYTHON ?= python3
 BIN = .venv/bin
 
-.PHONY: help train test clean
+.PHONY: help train test test-faults clean
 
 help:
 	@sed -n 's/^# //p' Makefile
@@ -18,6 +19,9 @@ test: .venv/test.installed
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest
+
+test-faults: .venv/test.installed
+	$(BIN)/python -m pytest -m slow
 
 clean:
 	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache *.egg-info

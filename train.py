@@ -146,7 +146,7 @@ def train(config: Config, directory: Path, hardware: Any) -> int:
         )
     if found:
         newest = Path(found)
-        model.load_state_dict(checkpoint.read_tensors(newest, "model"))
+        checkpoint.load_weights(model, newest)
         load_optimizer_state(optimizers, checkpoint.read_tensors(newest, "optimizer"))
         state = checkpoint.read_state(newest)
         step, best, nonfinite, val_losses = state["step"], state["best"], state["nonfinite"], state["val_losses"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -36,6 +37,20 @@ TINY = {
     "run.precision": "fp32",
 }
 
+# What tests/faults/ breaks: an epoch is 8 steps, each step is logged, a checkpoint comes every 4, all dropouts are on.
+BREAKABLE = TINY | {
+    "data.train_tokens": "2081",
+    "training.micro_batch_size": "4",
+    "evaluation.every": "12",
+    "tracking.log_every": "1",
+    "checkpoint.every": "4",
+    "checkpoint.keep": "2",
+    "regularizers.embedding_dropout": "0.2",
+    "regularizers.attention_dropout": "0.2",
+    "regularizers.residual_dropout": "0.2",
+    "regularizers.mlp_dropout": "0.2",
+}
+
 
 def made_up_text(characters: int = 20_000, seed: int = 0) -> str:
     """Text with something to learn: sentences over a small vocabulary whose words follow each other by rule."""
@@ -61,12 +76,48 @@ def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tiny(text_file: Path, tmp_path: Path) -> Callable[..., list[str]]:
     """Flags of a tiny run in this test's directory; keyword arguments change knobs (``training__max_steps=3``)."""
 
-    def flags(**knobs: object) -> list[str]:
-        changes = {key.replace("__", "."): str(value) for key, value in knobs.items()}
-        chosen = TINY | {"data.path": str(text_file), "run.dir": str(tmp_path / "runs"), "run.name": "tiny"} | changes
-        return [f"--{key}={value}" for key, value in chosen.items()]
+    return lambda **knobs: flags_of(TINY, text_file, tmp_path, **knobs)
 
-    return flags
+
+@pytest.fixture
+def breakable(text_file: Path, tmp_path: Path) -> Callable[..., list[str]]:
+    """Flags of the run that ``whole_run`` leaves alone and ``interrupted`` kills, in this test's directory."""
+    return lambda **knobs: flags_of(BREAKABLE, text_file, tmp_path, **knobs)
+
+
+def flags_of(base: dict[str, str], text_file: Path, directory: Path, **knobs: object) -> list[str]:
+    """The command line's words for a run named tiny in ``directory``/runs."""
+    changes = {key.replace("__", "."): str(value) for key, value in knobs.items()}
+    chosen = base | {"data.path": str(text_file), "run.dir": str(directory / "runs"), "run.name": "tiny"} | changes
+    return [f"--{key}={value}" for key, value in chosen.items()]
+
+
+@pytest.fixture(scope="session")
+def whole_run(tmp_path_factory: pytest.TempPathFactory, text_file: Path) -> Path:
+    """The run directory of ``breakable()``, left alone from start to end: what every broken one must equal."""
+    directory = tmp_path_factory.mktemp("whole")
+    command = [sys.executable, str(ROOT / "train.py"), *flags_of(BREAKABLE, text_file, directory)]
+    subprocess.run(command, cwd=directory, check=True, capture_output=True)
+    return directory / "runs/tiny"
+
+
+@pytest.fixture(scope="session")
+def killed_at_20(tmp_path_factory: pytest.TempPathFactory, text_file: Path) -> Path:
+    """A directory with corpora/ and runs/ in which ``breakable()`` was killed when it began to save step 20."""
+    directory = tmp_path_factory.mktemp("killed")
+    command = [sys.executable, str(ROOT / "train.py"), *flags_of(BREAKABLE, text_file, directory)]
+    environment = os.environ | {"WELLPOSED_FAULT": "save-begin:0:20:kill"}
+    ended = subprocess.run(command, cwd=directory, env=environment, capture_output=True)
+    assert ended.returncode == -9, ended.stderr
+    return directory
+
+
+@pytest.fixture
+def interrupted(killed_at_20: Path, tmp_path: Path) -> Path:
+    """A run of this test's own, killed at step 20, with checkpoints of the steps 16 and 12; ``breakable()`` goes on."""
+    for name in ("corpora", "runs"):
+        shutil.copytree(killed_at_20 / name, tmp_path / name, symlinks=True)
+    return tmp_path / "runs/tiny"
 
 
 @pytest.fixture

@@ -19,9 +19,10 @@ from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from config import BadInput
+from training.faults import strike
 
 NAME = re.compile(r"step_(\d{8,})")
 
@@ -29,6 +30,11 @@ NAME = re.compile(r"step_(\d{8,})")
 def directory_for(checkpoints: Path, step: int) -> Path:
     """The directory of the checkpoint of ``step``."""
     return checkpoints / f"step_{step:08d}"
+
+
+def step_of(checkpoint: Path) -> int:
+    """The step in a checkpoint's name."""
+    return int(checkpoint.name.split("_")[1])
 
 
 def save(checkpoints: Path, step: int, tensors: dict[str, dict[str, Tensor]], state: dict[str, Any]) -> Path:
@@ -52,10 +58,13 @@ def save(checkpoints: Path, step: int, tensors: dict[str, dict[str, Tensor]], st
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         temporary.mkdir()
+        strike("save-begin", step)
         for name, contents in tensors.items():
             on_cpu = {key: value.detach().cpu().contiguous() for key, value in contents.items()}
             save_file(on_cpu, temporary / f"{name}.safetensors", metadata={"format": "pt"})
+            strike("save-file", step)
         (temporary / "state.json").write_text(json.dumps({"step": step, **state}, indent=1))
+        strike("save-state", step)
         files = {}
         for path in sorted(temporary.iterdir()):
             _sync(path)
@@ -63,7 +72,9 @@ def save(checkpoints: Path, step: int, tensors: dict[str, dict[str, Tensor]], st
         (temporary / "manifest.json").write_text(json.dumps({"step": step, "files": files}, indent=1))
         _sync(temporary / "manifest.json")
         _sync(temporary)
+        strike("save-manifest", step)
         os.rename(temporary, final)
+        strike("save-renamed", step)
         _sync(checkpoints)
     except (OSError, SafetensorError) as problem:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -82,7 +93,7 @@ def problem_of(checkpoint: Path) -> str | None:
         files = {str(name): (int(entry["size"]), str(entry["sha256"])) for name, entry in manifest["files"].items()}
         if NAME.fullmatch(checkpoint.name) and directory_for(checkpoint.parent, manifest["step"]) != checkpoint:
             return f"{manifest_path} is of step {manifest['step']}"
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as problem:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as problem:
         return f"{manifest_path} cannot be read ({problem or type(problem).__name__})"
     for needed in ("model.safetensors", "state.json"):
         if needed not in files:
@@ -106,7 +117,7 @@ def existing(checkpoints: Path) -> list[Path]:
     if not checkpoints.is_dir():
         return []
     found = [path for path in checkpoints.iterdir() if NAME.fullmatch(path.name) and not path.is_symlink()]
-    return sorted(found, key=lambda path: int(path.name.split("_")[1]), reverse=True)
+    return sorted(found, key=step_of, reverse=True)
 
 
 def newest(checkpoints: Path) -> tuple[Path | None, list[str]]:
@@ -139,7 +150,7 @@ def find_newest(checkpoints: Path) -> tuple[str | None, list[str]]:
 def set_aside_newer(checkpoints: Path, step: int) -> None:
     """Rename the damaged checkpoints after ``step``, from which the run goes on: none may count as newest again."""
     for checkpoint in existing(checkpoints):
-        if int(checkpoint.name.split("_")[1]) > step:
+        if step_of(checkpoint) > step:
             aside = checkpoint.with_name(f"{checkpoint.name}.damaged")
             shutil.rmtree(aside, ignore_errors=True)
             os.rename(checkpoint, aside)
@@ -159,10 +170,25 @@ def read_tensors(checkpoint: Path, name: str) -> dict[str, Tensor]:
         raise BadInput(f"{path} cannot be read as safetensors: {problem}") from None
 
 
+def load_weights(model: nn.Module, checkpoint: Path) -> None:
+    """Put the checkpoint's raw weights into the model; raises BadInput when they are those of another network."""
+    try:
+        model.load_state_dict(read_tensors(checkpoint, "model"))
+    except RuntimeError as problem:
+        listed = " ".join(str(problem).split())
+        raise BadInput(
+            f"{checkpoint / 'model.safetensors'} does not fit this model: {listed}; restore the checkpoint, the code "
+            "that wrote it, or start afresh with --run.resume=never (what is there is moved aside)"
+        ) from None
+
+
 def prune(checkpoints: Path, keep: int, protected: set[int]) -> None:
     """Delete all but the newest ``keep`` checkpoints and those of ``protected`` steps."""
     safe = {directory_for(checkpoints, step) for step in protected}
-    for checkpoint in existing(checkpoints)[keep:]:
+    found = existing(checkpoints)
+    if found:
+        strike("prune-begin", step_of(found[0]))
+    for checkpoint in found[keep:]:
         if checkpoint not in safe:
             _remove(checkpoint)
 
@@ -193,6 +219,7 @@ def _remove(checkpoint: Path) -> None:
     doomed = checkpoint.with_name(f".deleting_{checkpoint.name}")
     shutil.rmtree(doomed, ignore_errors=True)
     os.rename(checkpoint, doomed)
+    strike("prune-renamed", step_of(checkpoint))
     shutil.rmtree(doomed, ignore_errors=True)
 
 

@@ -33,7 +33,8 @@ def read_metrics(directory: Path) -> list[dict[str, Any]]:
     """The lines of a run's metrics.jsonl; a torn last line is left out."""
     records = []
     path = directory / "metrics.jsonl"
-    for line in path.read_text().splitlines() if path.exists() else []:
+    # Bytes, because what a dead machine leaves at the end of a file need not even be text.
+    for line in path.read_bytes().splitlines() if path.exists() else []:
         try:
             records.append(json.loads(line))
         except ValueError:

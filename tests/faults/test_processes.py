@@ -67,7 +67,7 @@ def test_strict_gives_the_same_bits_on_any_number_of_processes(tiny: Flags, tmp_
     flags = tiny(run__name="mixed", checkpoint__every=1, **knobs)
     for world in (2, 1):
         processes = start(flags, tmp_path, world)
-        wait_until(lambda: len(read_metrics(tmp_path / "runs/mixed")) >= 16 // world, processes[0])
+        wait_until(lambda reached=16 // world: len(read_metrics(tmp_path / "runs/mixed")) >= reached, processes[0])
         processes[0].send_signal(signal.SIGTERM)
         assert end(processes)[0] == [3] * world
     assert end(start(flags, tmp_path, 4))[0] == [0] * 4
@@ -178,6 +178,22 @@ def test_an_exception_on_one_rank_ends_all(fault: str, tiny: Flags, tmp_path: Pa
         assert "rank 1: rank 0 failed with RuntimeError" in errors or "rank 0, or torchrun) is gone" in errors
 
 
+SRUN = """#!/bin/bash
+for rank in 0 1; do
+    SLURM_PROCID=$rank SLURM_LOCALID=$rank "$@" &
+    pids[rank]=$!
+done
+echo ${pids[0]} > srun.pid
+worst=0
+for pid in ${pids[@]}; do
+    wait $pid
+    code=$?
+    ((code > worst)) && worst=$code
+done
+exit $worst
+"""
+
+
 @pytest.mark.slow
 def test_the_script_for_slurm_asks_to_be_queued_again(tiny: Flags, tmp_path: Path) -> None:
     """The batch script itself, under stand-ins for srun and scontrol: preempted, it is queued again and goes on."""
@@ -185,13 +201,7 @@ def test_the_script_for_slurm_asks_to_be_queued_again(tiny: Flags, tmp_path: Pat
 
     stand_ins = tmp_path / "bin"
     stand_ins.mkdir()
-    (stand_ins / "srun").write_text(
-        "#!/bin/bash\npids=()\nfor rank in 0 1; do\n"
-        '  SLURM_PROCID=$rank SLURM_LOCALID=$rank "$@" & pids+=($!)\ndone\n'
-        "trap 'kill -USR1 ${pids[@]}' USR1\necho ${pids[0]} > srun.pid\nworst=0\n"
-        "for pid in ${pids[@]}; do\n  wait $pid; code=$?\n  while ((code > 128)) && kill -0 $pid 2>/dev/null; do wait $pid; code=$?; done\n"
-        "  ((code > worst)) && worst=$code\ndone\nexit $worst\n"
-    )
+    (stand_ins / "srun").write_text(SRUN)
     (stand_ins / "scontrol").write_text(
         '#!/bin/bash\nif [ "$1" = show ]; then echo 127.0.0.1; else echo "$@" > asked; fi\n'
     )

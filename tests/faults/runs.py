@@ -1,0 +1,112 @@
+"""The oracle of the fault suite, and the ways in which it breaks runs."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import random
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import ROOT
+
+from training.checkpoint import existing, sha256
+from training.run_directory import read_summary
+from training.tracking import read_metrics
+
+Train = Callable[..., subprocess.CompletedProcess[str]]
+Flags = Callable[..., list[str]]
+
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+
+
+def same_as(reference: Path, run: Path, rounding: float = 0.0) -> None:
+    """Fails unless ``run`` ended as ``reference`` did, which nothing disturbed.
+
+    That is: the same numbers at each step (times aside), the same samples, the same bytes of weights and moments.
+    With a ``rounding`` above 0 losses may differ by so much, and bytes are not compared.
+    """
+    one, other = numbers(reference), numbers(run)
+    assert [record["step"] for record in one] == [record["step"] for record in other]
+    assert read_summary(reference).get("samples") == read_summary(run).get("samples")
+    if rounding:
+        for a, b in zip(one, other, strict=True):
+            for name in (name for name in a if name.endswith("/loss")):
+                assert a[name] == pytest.approx(b[name], abs=rounding), (a["step"], name)
+        return
+    for a, b in zip(one, other, strict=True):
+        assert a == b
+    assert tensors(reference) == tensors(run)
+
+
+def numbers(run: Path) -> list[dict[str, Any]]:
+    """The metrics of a run, times aside."""
+    records = read_metrics(run)
+    return [{key: value for key, value in record.items() if "per_second" not in key} for record in records]
+
+
+def tensors(run: Path) -> dict[str, str]:
+    """The step and the sha256 of each tensor file of the newest checkpoint."""
+    newest = existing(run / "checkpoints")[0]
+    return {"step": newest.name} | {file.name: sha256(file) for file in sorted(newest.glob("*.safetensors"))}
+
+
+def steps_kept(run: Path) -> list[int]:
+    """The steps of a run's checkpoints, newest first."""
+    return [int(path.name.removeprefix("step_")) for path in existing(run / "checkpoints")]
+
+
+def launch(flags: list[str], directory: Path, **environment: str) -> subprocess.Popen[str]:
+    """train.py at work in ``directory``, without waiting for it; what it says is dropped."""
+    return subprocess.Popen(
+        [sys.executable, str(ROOT / "train.py"), *flags],
+        cwd=directory,
+        env=os.environ | environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    )
+
+
+def contents(directory: Path) -> dict[str, bytes]:
+    """Every file below ``directory`` but the lock, which names the process that looked last."""
+    files = (path for path in directory.rglob("*") if path.is_file() and path.name != "lock")
+    return {str(path.relative_to(directory)): path.read_bytes() for path in files}
+
+
+def flip(file: Path, place: int | None = None) -> None:
+    """Flip one bit of a file: of the byte at ``place``, or of the one in the middle."""
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2 if place is None else place] ^= 1
+    file.write_bytes(content)
+
+
+def replace_in_checkpoint(checkpoint: Path, name: str, content: bytes) -> None:
+    """Put other bytes into a checkpoint and make its manifest agree with them, as an attacker would."""
+    (checkpoint / name).write_bytes(content)
+    manifest = json.loads((checkpoint / "manifest.json").read_text())
+    manifest["files"][name] = {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    (checkpoint / "manifest.json").write_text(json.dumps(manifest))
+
+
+def replace_in_corpus(corpus: Path, name: str, content: bytes) -> None:
+    """The same for a shard."""
+    (corpus / name).write_bytes(content)
+    manifest = json.loads((corpus / "manifest.json").read_text())
+    for shard in (shard for split in manifest["splits"].values() for shard in split["shards"]):
+        if shard["file"] == name:
+            shard |= {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    (corpus / "manifest.json").write_text(json.dumps(manifest))
+
+
+def shuffle_times(directory: Path, seed: int) -> None:
+    """Give all files and directories times up to a year away, as clocks that jump and copies do."""
+    draw = random.Random(seed)
+    for path in [directory, *directory.rglob("*")]:
+        moved = path.stat().st_mtime + draw.uniform(-1, 1) * 365 * 24 * 3600
+        os.utime(path, (moved, moved))

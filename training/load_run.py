@@ -69,14 +69,14 @@ def load_corpus(path: str | Path) -> Corpus:
 
 
 def run_tokenizer(path: str | Path) -> Path:
-    """The tokenizer.json that the run at ``path`` (or of the checkpoint at ``path``) was trained with; raises BadInput."""
+    """The tokenizer.json that the run at ``path`` (or of the checkpoint at ``path``) was trained with."""
     run = run_of(Path(path))
     summary = read_summary(run)
     corpus = summary.get("corpus_directory")
     candidates = [run / "tokenizer.json", *([Path(corpus) / "tokenizer.json"] if isinstance(corpus, str) else [])]
     for file in candidates:
         if file.is_file():
-            if summary.get("tokenizer", digest := sha256(file)) != digest:
+            if "tokenizer" in summary and sha256(file) != summary["tokenizer"]:
                 raise BadInput(f"{file} is not the one that {run} was trained with (its sha256 differs); restore that")
             return file
     raise BadInput(f"there is no tokenizer of {run}: looked for {' and '.join(map(str, candidates))}; restore one")

@@ -184,6 +184,7 @@ def train(config: Config, directory: Path, hardware: Any) -> int:
             versions=before.get("versions") or run_directory.versions(),
             corpus=corpus.fingerprint,
             corpus_directory=str(corpus.directory),
+            tokenizer=corpus.manifest["tokenizer"]["sha256"],
             parameters=model.count_parameters(),
             total_steps=total_steps,
         )

@@ -30,6 +30,7 @@ def test_what_is_saved_comes_back(tmp_path: Path) -> None:
 FILES = ["model.safetensors", "optimizer.safetensors", "state.json", "manifest.json"]
 
 
+@pytest.mark.fault(15)
 @pytest.mark.parametrize("name", FILES)
 @pytest.mark.parametrize("length", ["0", "8", "half", "-1"])
 def test_a_truncated_file_is_named_and_the_one_before_is_used(tmp_path: Path, name: str, length: str) -> None:
@@ -40,6 +41,7 @@ def test_a_truncated_file_is_named_and_the_one_before_is_used(tmp_path: Path, na
     assert found == good and len(problems) == 1 and name in problems[0]
 
 
+@pytest.mark.fault(16)
 @pytest.mark.parametrize("name", FILES)
 def test_a_flipped_bit_is_found(tmp_path: Path, name: str) -> None:
     good, bad = write(tmp_path, 1), write(tmp_path, 2)
@@ -51,6 +53,7 @@ def test_a_flipped_bit_is_found(tmp_path: Path, name: str) -> None:
     assert found == good and len(problems) == 1
 
 
+@pytest.mark.fault(16)
 def test_a_zeroed_tail_is_found(tmp_path: Path) -> None:
     bad = write(tmp_path, 2)
     content = (bad / "model.safetensors").read_bytes()
@@ -59,6 +62,7 @@ def test_a_zeroed_tail_is_found(tmp_path: Path) -> None:
         newest(tmp_path)
 
 
+@pytest.mark.fault(17)
 def test_none_exist_is_not_none_load(tmp_path: Path) -> None:
     assert newest(tmp_path / "nothing") == (None, [])
     (write(tmp_path, 3) / "state.json").unlink()
@@ -66,6 +70,7 @@ def test_none_exist_is_not_none_load(tmp_path: Path) -> None:
         newest(tmp_path)
 
 
+@pytest.mark.fault(19)
 @pytest.mark.parametrize("name", ["../outside", "/etc/passwd"])
 def test_a_manifest_that_points_elsewhere_is_refused(tmp_path: Path, name: str) -> None:
     path = write(tmp_path, 1)
@@ -75,6 +80,7 @@ def test_a_manifest_that_points_elsewhere_is_refused(tmp_path: Path, name: str) 
     assert "not a plain file" in (problem_of(path) or "")
 
 
+@pytest.mark.fault(19)
 def test_a_symbolic_link_is_refused(tmp_path: Path) -> None:
     path = write(tmp_path, 1)
     (path / "model.safetensors").rename(tmp_path / "elsewhere")
@@ -87,6 +93,7 @@ def test_a_renamed_checkpoint_is_refused(tmp_path: Path) -> None:
     assert "is of step 1" in (problem_of(tmp_path / "step_00000009") or "")
 
 
+@pytest.mark.fault(25)
 def test_newest_is_by_step_whatever_the_clock_says(tmp_path: Path) -> None:
     for step in (100, 9, 20):
         write(tmp_path, step)
@@ -94,6 +101,7 @@ def test_newest_is_by_step_whatever_the_clock_says(tmp_path: Path) -> None:
     assert [path.name[-3:] for path in existing(tmp_path)] == ["100", "020", "009"]
 
 
+@pytest.mark.fault(23)
 def test_prune_keeps_the_newest_and_the_protected(tmp_path: Path) -> None:
     for step in range(1, 7):
         write(tmp_path, step)
@@ -101,6 +109,7 @@ def test_prune_keeps_the_newest_and_the_protected(tmp_path: Path) -> None:
     assert [int(path.name[5:]) for path in existing(tmp_path)] == [6, 5, 2]
 
 
+@pytest.mark.fault(2)
 def test_debris_is_swept(tmp_path: Path) -> None:
     kept = write(tmp_path, 1)
     for name in (".saving_step_00000002", ".deleting_step_00000000"):
@@ -110,6 +119,7 @@ def test_debris_is_swept(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [kept]
 
 
+@pytest.mark.fault(20)
 def test_a_failed_save_leaves_what_was_there(tmp_path: Path) -> None:
     """A file-size limit stands in for a full disk: the old checkpoint loads, the temporary is gone."""
     import subprocess

@@ -194,6 +194,7 @@ def test_evaluation_of_a_part(tmp_path: Path) -> None:
         evaluation_batches(stream(tmp_path, 1), 4, 3)
 
 
+@pytest.mark.fault(31)
 def test_too_little_text_is_refused_with_numbers(tmp_path: Path) -> None:
     with pytest.raises(BadInput, match=r"has 4 tokens, fewer than the 5 .*lower model.context_length"):
         loader_of(stream(tmp_path, 4))

@@ -195,6 +195,7 @@ def test_the_standard_library_is_found_again_quickly(tmp_path: Path) -> None:
     assert time.perf_counter() - start < 2  # 0.15 s on a quiet machine
 
 
+@pytest.mark.fault(31)
 def test_texts_too_small_are_refused_and_leave_nothing(tmp_path: Path) -> None:
     def refusal(path: Path, **knobs: object) -> str:
         with pytest.raises(BadInput) as caught:
@@ -215,6 +216,7 @@ def test_texts_too_small_are_refused_and_leave_nothing(tmp_path: Path) -> None:
     assert "line 51" in refusal(tmp_path / "torn.jsonl")
 
 
+@pytest.mark.fault(31)
 def test_one_huge_line(tmp_path: Path) -> None:
     (tmp_path / "t.txt").write_text("word " * 400_000)
     corpus = Corpus.open(prepare(text_config(tmp_path / "t.txt"), tmp_path / "c", quiet=True))
@@ -236,6 +238,7 @@ def start_preparing(source: Path, root: Path, **variables: str) -> subprocess.Po
     return subprocess.Popen([sys.executable, "-c", code], cwd=PROJECT, env={**os.environ, **variables})
 
 
+@pytest.mark.fault(2)
 def test_kill_9_leaves_debris_that_the_next_one_sweeps(tmp_path: Path) -> None:
     big, small, root = tmp_path / "big.txt", tmp_path / "small.txt", tmp_path / "c"
     big.write_text("some words of text\n" * 2_000_000)

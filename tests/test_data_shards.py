@@ -91,6 +91,7 @@ def test_head(tmp_path: Path) -> None:
     assert train.head(train.n_tokens + 5) is train
 
 
+@pytest.mark.fault(27)
 @pytest.mark.parametrize("name", ["train-00001.safetensors", "val-00000.safetensors", "tokenizer.json"])
 def test_edited_truncated_missing_and_linked_files_are_refused(directory: Path, name: str) -> None:
     file = directory / name
@@ -113,6 +114,7 @@ def test_edited_truncated_missing_and_linked_files_are_refused(directory: Path, 
     open_all(directory)
 
 
+@pytest.mark.fault(27)
 def test_swapped_shards_are_refused(directory: Path) -> None:
     first, second = directory / "train-00000.safetensors", directory / "train-00001.safetensors"
     one, two = first.read_bytes(), second.read_bytes()
@@ -121,6 +123,7 @@ def test_swapped_shards_are_refused(directory: Path) -> None:
     assert "train-0000" in refusal(directory)
 
 
+@pytest.mark.fault(19)
 @pytest.mark.parametrize("name", ["../secret", "/etc/hostname", "..", ".", "", "a/b", "a\\b", "x\0", 3, None, ["a"]])
 def test_names_that_lead_elsewhere_are_refused(directory: Path, name: object) -> None:
     (directory.parent / "secret").write_bytes((directory / "train-00000.safetensors").read_bytes())
@@ -164,6 +167,7 @@ def header(fields: object, data: bytes = b"", length: int | None = None) -> byte
     return struct.pack("<Q", len(text) if length is None else length) + text + data
 
 
+@pytest.mark.fault(19)
 def test_hostile_headers_are_refused_before_anything_is_allocated(directory: Path) -> None:
     name = "val-00000.safetensors"  # 21 tokens, one document
     starts = {"dtype": "I64", "shape": [1], "data_offsets": [0, 8]}
@@ -209,6 +213,7 @@ def test_document_starts_out_of_order_are_refused(directory: Path) -> None:
         assert "document_starts" in refusal(directory)
 
 
+@pytest.mark.fault(26)
 def test_an_id_outside_the_vocabulary_is_named_with_shard_and_offset(directory: Path) -> None:
     tokens = np.array([*b"abcdefghij" * 3], dtype=np.uint16)
     tokens[17] = 999
@@ -221,6 +226,7 @@ def test_an_id_outside_the_vocabulary_is_named_with_shard_and_offset(directory: 
         train.read(25, 60)
 
 
+@pytest.mark.fault(28)
 def test_another_tokenizer_of_the_same_size_changes_the_fingerprint(directory: Path) -> None:
     before = Corpus.open(directory).fingerprint
     file = directory / "tokenizer.json"
@@ -234,6 +240,7 @@ def test_another_tokenizer_of_the_same_size_changes_the_fingerprint(directory: P
     assert Corpus.open(directory).fingerprint != before
 
 
+@pytest.mark.fault(18)
 def test_nothing_is_unpickled(directory: Path) -> None:
     loads: list[object] = []
     sys.addaudithook(lambda event, arguments: loads.append(arguments) if event == "pickle.find_class" else None)

@@ -40,6 +40,7 @@ def test_the_standard_library_has_no_tests_in_it() -> None:
     assert source.split == "documents"
 
 
+@pytest.mark.fault(27)
 def test_files_come_sorted_whatever_the_listing_says(tmp_path: Path) -> None:
     for name in ("b.txt", "a.txt", "c/d.txt", "a-.txt", "B.txt"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
@@ -89,6 +90,7 @@ def test_auto_split(tmp_path: Path) -> None:
     assert text_source(tmp_path / "*.txt", document="line").split == "documents"
 
 
+@pytest.mark.fault(31)
 def test_invalid_bytes_crlf_and_marks_are_mended_and_counted(tmp_path: Path) -> None:
     # A lone continuation byte, a cut-off euro sign (two bytes), a surrogate in CESU-8 (three): six invalid bytes.
     raw = (
@@ -108,6 +110,7 @@ def test_invalid_bytes_crlf_and_marks_are_mended_and_counted(tmp_path: Path) -> 
     assert (source.mended.invalid, source.mended.crlf, source.mended.marks) == (1, 1, 1)
 
 
+@pytest.mark.fault(31)
 def test_binary_files_are_refused(tmp_path: Path) -> None:
     (tmp_path / "nul.txt").write_bytes(b"text\0text")
     (tmp_path / "noise.txt").write_bytes(b"abcdefgh\xff\xfe")
@@ -119,6 +122,7 @@ def test_binary_files_are_refused(tmp_path: Path) -> None:
     assert list(text_source(tmp_path / "noise.txt").documents()) == ["abcdefghi\ufffd"]
 
 
+@pytest.mark.fault(31)
 def test_paths_that_hold_nothing_are_refused_with_a_way_out(tmp_path: Path) -> None:
     (tmp_path / "book.txt").write_text("x")
     assert "directory" in refusal(tmp_path) and "*.txt" in refusal(tmp_path)

@@ -335,6 +335,7 @@ def test_a_checkpoint_without_an_embedding_is_refused(tmp_path: Path) -> None:
         from_huggingface({"transformer.wte.weight": torch.tensor(1.0)}, config)
 
 
+@pytest.mark.fault(18)
 def test_a_directory_of_pickles_is_refused_with_a_way_out(tmp_path: Path) -> None:
     saved(tmp_path, "gpt2")
     (tmp_path / "model.safetensors").rename(tmp_path / "pytorch_model.bin")
@@ -359,6 +360,7 @@ def test_a_damaged_file_is_refused(tmp_path: Path) -> None:
         read_directory(tmp_path)
 
 
+@pytest.mark.fault(19)
 @pytest.mark.parametrize("name", ["../outside.safetensors", "/etc/passwd", "model.bin", "", 3, "a/b.safetensors"])
 def test_an_index_that_leads_elsewhere_is_refused(name: Any, tmp_path: Path) -> None:
     directory = saved(tmp_path / "inside", "gpt2")

@@ -45,6 +45,7 @@ EVERYTHING = {
 KNOBS = {f"regularizers__{name}": value for name, value in EVERYTHING.items()}
 
 
+@pytest.mark.fault(1)
 def test_killed_with_everything_on(train: Train, tiny: Flags, tmp_path: Path) -> None:
     """kill -9 and the same command: model, optimizer and average end with the same bits as without."""
     alone = tiny(run__name="alone", checkpoint__every=5, **KNOBS)
@@ -63,6 +64,7 @@ def test_killed_with_everything_on(train: Train, tiny: Flags, tmp_path: Path) ->
         assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
+@pytest.mark.fault(5)
 def test_processes_and_micro_batches_change_nothing(train: Train, tiny: Flags, tmp_path: Path) -> None:
     """1 process × 4 micro-batches and 2 × 2 agree to float rounding with every regularizer on (law 5)."""
     sizes = {"training__micro_batch_size": 2, "tracking__log_every": 1, **KNOBS}

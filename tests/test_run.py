@@ -51,6 +51,7 @@ def reference(tmp_path_factory: pytest.TempPathFactory, text_file: Path) -> Path
     return directory / "runs/tiny"
 
 
+@pytest.mark.fault(3)
 def test_what_a_run_leaves(train: Train, tiny: Flags, tmp_path: Path) -> None:
     ended = train(tiny(data__test_fraction=0.05))
     assert ended.returncode == 0, ended.stderr
@@ -77,6 +78,7 @@ def test_what_a_run_leaves(train: Train, tiny: Flags, tmp_path: Path) -> None:
     assert again.returncode == 0 and "finished already" in again.stdout
 
 
+@pytest.mark.fault(1)
 @pytest.mark.parametrize("step", [9, 16, 21])
 def test_killed_and_started_again_it_ends_the_same(
     step: int, reference: Path, train: Train, tiny: Flags, tmp_path: Path
@@ -101,6 +103,7 @@ def test_killed_and_started_again_it_ends_the_same(
     assert [record["step"] for record in numbers(run)] == list(range(1, 25))
 
 
+@pytest.mark.fault(12)
 def test_asked_to_stop_it_saves_and_goes_on_the_same(
     reference: Path, train: Train, tiny: Flags, tmp_path: Path
 ) -> None:
@@ -125,13 +128,18 @@ def test_watching_changes_no_weight(reference: Path, train: Train, tiny: Flags, 
     assert weights(tmp_path / "runs/tiny", 24) == weights(reference, 24)
 
 
+@pytest.mark.fault(29)
 def test_a_changed_config_is_refused_and_nothing_is_touched(train: Train, tiny: Flags, tmp_path: Path) -> None:
     assert train(tiny(training__max_steps=3)).returncode == 0
     run = tmp_path / "runs/tiny"
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file() and path.name != "lock"}
-    refused = train(tiny(training__max_steps=3, optimizer__lr=0.5, run__seed=1))
+    changes = {"model__d_ff": 16, "optimizer__lr": 0.5, "training__global_batch_size": 4, "run__seed": 1}
+    changes |= {"data__train_tokens": 5000, "data__path": __file__, "regularizers__l2": 0.1}
+    refused = train(tiny(training__max_steps=3, **changes))
     assert refused.returncode == 2 and "Traceback" not in refused.stderr
-    assert "optimizer.lr: the run has 0.002, asked for is 0.5" in refused.stderr and "run.seed" in refused.stderr
+    assert "optimizer.lr: the run has 0.002, asked for is 0.5" in refused.stderr
+    assert refused.stderr.count("the run has") == len(changes)
+    assert all(f"  {knob.replace('__', '.')}: the run has " in refused.stderr for knob in changes)
     assert before == {path: path.read_bytes() for path in run.rglob("*") if path.is_file() and path.name != "lock"}
     # What only watches the run may change.
     assert train(tiny(training__max_steps=3, tracking__log_every=7, checkpoint__every=2)).returncode == 0
@@ -144,6 +152,7 @@ def test_starting_afresh_moves_the_old_run_aside(train: Train, tiny: Flags, tmp_
     assert runs == ["tiny", "tiny.previous-1"]
 
 
+@pytest.mark.fault(15)
 def test_a_damaged_newest_checkpoint_is_told_and_the_one_before_is_used(
     reference: Path, train: Train, tiny: Flags, tmp_path: Path
 ) -> None:
@@ -159,6 +168,7 @@ def test_a_damaged_newest_checkpoint_is_told_and_the_one_before_is_used(
     assert weights(run) == weights(reference) and numbers(run) == numbers(reference)
 
 
+@pytest.mark.fault(29)
 def test_other_data_under_the_same_name_are_refused(train: Train, tiny: Flags, tmp_path: Path) -> None:
     text = tmp_path / "mine.txt"
     text.write_text(made_up_text(5000, seed=1))
@@ -171,6 +181,7 @@ def test_other_data_under_the_same_name_are_refused(train: Train, tiny: Flags, t
     assert refused.returncode == 2 and "was trained on the corpus" in refused.stderr
 
 
+@pytest.mark.fault(27)
 def test_an_edited_shard_is_refused(train: Train, tiny: Flags, tmp_path: Path) -> None:
     assert train(tiny(training__max_steps=1)).returncode == 0
     shard = next((tmp_path / "corpora").glob("*/train-00000.safetensors"))
@@ -182,25 +193,38 @@ def test_an_edited_shard_is_refused(train: Train, tiny: Flags, tmp_path: Path) -
     assert refused.returncode == 2 and "train-00000.safetensors" in refused.stderr and "delete" in refused.stderr
 
 
+@pytest.mark.fault(31)
 @pytest.mark.parametrize(
     ("content", "word"),
-    [("", "empty"), ("too short " * 20, "model.context_length"), (None, "missing.txt")],
+    [
+        (b"", "empty"),
+        (b"too short " * 20, "model.context_length"),
+        (None, "missing.txt"),
+        (b"one NUL byte\0" + b"." * 9000, "byte 12 is NUL"),
+        (bytes(range(1, 256)) * 40, "is not UTF-8 text"),
+        (Path, "is a directory"),
+    ],
+    ids=["empty", "short", "missing", "NUL", "binary", "directory"],
 )
-def test_bad_text(content: str | None, word: str, train: Train, tiny: Flags, tmp_path: Path) -> None:
+def test_bad_text(content: Any, word: str, train: Train, tiny: Flags, tmp_path: Path) -> None:
     path = tmp_path / "missing.txt"
-    if content is not None:
-        path.write_text(content)
+    if content is Path:
+        path.mkdir()
+    elif content is not None:
+        path.write_bytes(content)
     refused = train(tiny(data__path=path, model__context_length=256))
     assert refused.returncode == 2 and "Traceback" not in refused.stderr and word in refused.stderr
 
 
+@pytest.mark.fault(31)
 def test_invalid_utf8_is_replaced_counted_and_told(train: Train, tiny: Flags, tmp_path: Path) -> None:
     path = tmp_path / "broken.txt"
-    path.write_bytes(made_up_text(5000).encode()[:2500] + b"\xff\xfe" + made_up_text(5000).encode())
+    path.write_bytes(made_up_text(5000).encode()[:2500] + b"\xff\xfe\r\n" + made_up_text(5000).encode())
     ended = train(tiny(data__path=path, training__max_steps=1))
-    assert ended.returncode == 0 and "2 invalid" in ended.stdout
+    assert ended.returncode == 0 and "2 invalid bytes became U+FFFD; 1 CRLF became LF" in ended.stdout
 
 
+@pytest.mark.fault(22)
 def test_two_runs_in_one_directory(train: Train, tiny: Flags, tmp_path: Path) -> None:
     flags = tiny(training__max_steps=100000)
     process = subprocess.Popen([sys.executable, str(ROOT / "train.py"), *flags], cwd=tmp_path, stdout=subprocess.PIPE)

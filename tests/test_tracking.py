@@ -24,6 +24,7 @@ def line(step: int) -> dict[str, float]:
     return {"step": step, "tokens": step * 8, "epoch": step / 10, "train/loss": 1 / step}
 
 
+@pytest.mark.fault(24)
 def test_lines_past_the_checkpoint_and_a_torn_one_are_dropped(tmp_path: Path) -> None:
     metrics = Metrics(tmp_path, parse([]), 0, 10)
     for step in (1, 2, 3):
@@ -81,6 +82,7 @@ def test_offline_leaves_config_history_and_summary(
         assert word in asked.stdout, word
 
 
+@pytest.mark.fault(35)
 def test_an_unreachable_server_costs_at_most_ten_seconds(
     train: Train, tiny: Flags, tmp_path: Path, wandb_home: dict[str, str]
 ) -> None:

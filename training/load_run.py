@@ -17,7 +17,7 @@ from data.shards import Corpus
 from data.tokenizers import load_tokenizer
 from model.gpt import GPT
 from model.huggingface import read_directory
-from training.checkpoint import NAME, existing, newest, problem_of, read_tensors
+from training.checkpoint import NAME, existing, newest, problem_of, read_tensors, sha256
 from training.run_directory import read_summary, say
 
 Weights = Literal["best available", "model", "average"]
@@ -71,10 +71,13 @@ def load_corpus(path: str | Path) -> Corpus:
 def run_tokenizer(path: str | Path) -> Path:
     """The tokenizer.json that the run at ``path`` (or of the checkpoint at ``path``) was trained with."""
     run = run_of(Path(path))
-    corpus = read_summary(run).get("corpus_directory")
+    summary = read_summary(run)
+    corpus = summary.get("corpus_directory")
     candidates = [run / "tokenizer.json", *([Path(corpus) / "tokenizer.json"] if isinstance(corpus, str) else [])]
     for file in candidates:
         if file.is_file():
+            if "tokenizer" in summary and sha256(file) != summary["tokenizer"]:
+                raise BadInput(f"{file} is not the one that {run} was trained with (its sha256 differs); restore that")
             return file
     raise BadInput(f"there is no tokenizer of {run}: looked for {' and '.join(map(str, candidates))}; restore one")
 

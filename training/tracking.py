@@ -153,7 +153,7 @@ def start_wandb(directory: Path, config: Config, resuming: bool) -> Any:
 
     # One id for one run directory, so that a resume goes on in the same W&B run.
     identity = directory / "wandb_id"
-    if not identity.exists():
+    if not identity.exists() or not identity.read_text().strip():  # empty: killed while it was written
         identity.write_text(secrets.token_hex(4))
     settings = wandb.Settings(init_timeout=WANDB_PATIENCE, console="off", silent=True)
     attempts: list[Any] = [mode] if mode == "offline" else [mode, "offline"]

@@ -8,6 +8,7 @@ import os
 import random
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -61,16 +62,39 @@ def steps_kept(run: Path) -> list[int]:
     return [int(path.name.removeprefix("step_")) for path in existing(run / "checkpoints")]
 
 
-def launch(flags: list[str], directory: Path, **environment: str) -> subprocess.Popen[str]:
-    """train.py at work in ``directory``, without waiting for it; what it says is dropped."""
+def launch(flags: list[str], directory: Path, stderr: Any = None, **environment: str) -> subprocess.Popen[str]:
+    """train.py at work in ``directory``, without waiting for it; what it says is dropped, or goes to ``stderr``."""
     return subprocess.Popen(
         [sys.executable, str(ROOT / "train.py"), *flags],
         cwd=directory,
         env=os.environ | environment,
         stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
+        stderr=stderr or subprocess.DEVNULL,
         text=True,
     )
+
+
+def wait_until_stopped(process: subprocess.Popen[str]) -> None:
+    """Return when SIGSTOP holds the process, as WELLPOSED_FAULT=...:stop asks for."""
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline and process.poll() is None:
+        if Path(f"/proc/{process.pid}/stat").read_text().rsplit(")", 1)[1].split()[0] == "T":
+            return
+        time.sleep(0.01)
+    raise AssertionError(f"it did not stop itself; exit code {process.poll()}")
+
+
+def children(parent: int) -> list[tuple[int, str]]:
+    """Process id and name of each child of a process."""
+    found = []
+    for status in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            name, rest = status.read_text().split("(", 1)[1].rsplit(")", 1)
+        except OSError:  # it ended meanwhile
+            continue
+        if int(rest.split()[1]) == parent:
+            found.append((int(status.parent.name), name))
+    return found
 
 
 def contents(directory: Path) -> dict[str, bytes]:

@@ -1,0 +1,111 @@
+"""Data, tokenizer, config or versions that changed under a run: refused with the difference, or warned of."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from pathlib import Path
+
+import pytest
+from runs import Flags, Train, contents, replace_in_corpus, same_as
+from safetensors.numpy import load_file, save_file
+
+from command_line import parse
+from config import BadInput
+from data.loader import TrainingLoader
+from data.prepare import prepare
+from data.shards import Corpus
+from data.tokenizers import byte_tokenizer
+from training.load_run import run_tokenizer
+from training.tracking import read_metrics
+
+
+@pytest.mark.fault(26)
+def test_a_token_outside_the_vocabulary_is_told_before_the_step_that_uses_it(
+    train: Train, breakable: Flags, tmp_path: Path
+) -> None:
+    """The manifest agrees with the shard, so only reading the token can tell: by shard and offset."""
+    flags = breakable()
+    config = parse(flags)
+    corpus = prepare(config.data, tmp_path / "corpora", quiet=True)
+    name, offset = "train-00000.safetensors", 1777
+    tensors = load_file(corpus / name)
+    tensors["tokens"] = tensors["tokens"].copy()
+    tensors["tokens"][offset] = 257
+    save_file(tensors, tmp_path / "edited")
+    replace_in_corpus(corpus, name, (tmp_path / "edited").read_bytes())
+    loader = TrainingLoader(Corpus.open(corpus).split("train"), config.data, 0, 32, 8)
+    for good_steps in itertools.count():
+        try:
+            loader.batch(good_steps)
+        except BadInput:
+            break
+    assert 0 < good_steps < 8  # every window is used once in an epoch, which is 8 steps
+    refused = train(flags)
+    assert refused.returncode == 2 and "Traceback" not in refused.stderr
+    assert f"{name} holds token 257 at offset {offset}, but the vocabulary has only 257 entries" in refused.stderr
+    assert [record["step"] for record in read_metrics(tmp_path / "runs/tiny")] == list(range(1, good_steps + 1))
+
+
+@pytest.mark.fault(28)
+def test_a_tokenizer_of_the_same_size_is_another_one(train: Train, breakable: Flags, tmp_path: Path) -> None:
+    """The file that data.tokenizer names gets two entries swapped between two starts."""
+    file = tmp_path / "mine.json"
+    byte_tokenizer().save(str(file))
+    flags = breakable(data__tokenizer=file)
+    killed = train(flags, WELLPOSED_FAULT="prune-begin:0:4:kill")
+    assert killed.returncode == -9, killed.stderr
+    swap(file)
+    before = contents(tmp_path / "runs")
+    refused = train(flags)
+    assert refused.returncode == 2 and "was trained on the corpus" in refused.stderr
+    assert contents(tmp_path / "runs") == before
+    # Nor may the run's own copy change under the commands that read it.
+    run = tmp_path / "runs/tiny"
+    assert run_tokenizer(run) == run / "tokenizer.json"
+    swap(run / "tokenizer.json")
+    with pytest.raises(BadInput, match=r"tokenizer\.json is not the one that .* was trained with"):
+        run_tokenizer(run)
+
+
+def swap(file: Path) -> None:
+    """Let A and B change places in a tokenizer.json."""
+    tokenizer = json.loads(file.read_text())
+    vocabulary = tokenizer["model"]["vocab"]
+    vocabulary["A"], vocabulary["B"] = vocabulary["B"], vocabulary["A"]
+    file.write_text(json.dumps(tokenizer))
+
+
+@pytest.mark.slow
+@pytest.mark.fault(30)
+def test_another_version_is_warned_of_and_does_not_stop_the_run(
+    whole_run: Path, interrupted: Path, train: Train, breakable: Flags
+) -> None:
+    summary = json.loads((interrupted / "summary.json").read_text())
+    now = dict(summary["versions"])
+    summary["versions"] |= {"torch": "1.0.0", "commit": "0123456789ab"}
+    (interrupted / "summary.json").write_text(json.dumps(summary))
+    ended = train(breakable())
+    assert ended.returncode == 0, ended.stderr
+    assert f"warning: torch was 1.0.0 when this run began and is {now['torch']}: bits may differ" in ended.stderr
+    assert "warning: commit was 0123456789ab when this run began" in ended.stderr
+    same_as(whole_run, interrupted)
+    # What the run began with stays on record, however often it is started.
+    assert json.loads((interrupted / "summary.json").read_text())["versions"] == summary["versions"]
+
+
+@pytest.mark.fault(27)
+@pytest.mark.parametrize("what", ["missing", "truncated", "renamed"])
+def test_a_shard_that_changed_is_named(what: str, interrupted: Path, train: Train, breakable: Flags) -> None:
+    (shard,) = interrupted.parent.parent.glob("corpora/*/train-00000.safetensors")
+    if what == "missing":
+        shard.unlink()
+    elif what == "truncated":
+        shard.write_bytes(shard.read_bytes()[:-1])
+    else:
+        shard.rename(shard.with_name("train-00001.safetensors"))
+    before = contents(interrupted)
+    refused = train(breakable())
+    assert refused.returncode == 2 and "Traceback" not in refused.stderr
+    assert str(shard.name) in refused.stderr and "prepare it again" in refused.stderr
+    assert contents(interrupted) == before

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from runs import Flags, Train, children, launch, same_as, wait_until_stopped
 
 

@@ -78,7 +78,7 @@ def train(config: Config, directory: Path, hardware: Any) -> int:
     )
     from training.schedule import learning_rate_ratio
     from training.spikes import is_spike
-    from training.tracking import Metrics, draw, results_of, tell_results
+    from training.tracking import Metrics, draw, results_of, tell_results, tell_start
 
     # ---------------------------------------------------------------- the run's directory, ours alone
     # Nothing is written or moved before config, corpus and first weights are known to be good.
@@ -188,11 +188,8 @@ def train(config: Config, directory: Path, hardware: Any) -> int:
             parameters=model.count_parameters(),
             total_steps=total_steps,
         )
-        print(f"run        {directory}" + (f" goes on from step {step}" if found else ""))
-        print(f"corpus     {corpus.directory}, {loader.split.n_tokens:,} training tokens")
-        print(f"length     {total_steps:,} steps, {loader.epoch_at(total_steps):,.2f} epochs")
-        print(f"model      {config.model.family}, {model.count_parameters():,} parameters")
-        print(f"hardware   {', '.join(f'{key} {value}' for key, value in hardware.describe().items())}")
+        length = f"{total_steps:,} steps, {loader.epoch_at(total_steps):,.2f} epochs"
+        tell_start(directory, step, corpus.directory, loader.split.n_tokens, length, config, hardware.describe())
         print("\n".join(describe_groups(optimizers)), flush=True)
     metrics = Metrics(directory, config, step, total_steps) if hardware.main else None
 

@@ -23,7 +23,7 @@ from config import Config
 from pictures import curves, reliability
 from training.diagnosis import diagnose
 from training.evaluation import Calibration
-from training.run_directory import say
+from training.run_directory import read_summary, say
 
 SECONDS_BETWEEN_LINES = 5.0
 WANDB_PATIENCE = 7  # seconds to wait for the server before going on without it
@@ -217,6 +217,19 @@ def results_of(records: list[dict[str, Any]], best: dict[str, Any] | None, test:
     if speeds:
         results["tokens_per_second"] = speeds[len(speeds) // 2]
     return results
+
+
+def tell_start(
+    directory: Path, step: int, corpus: Path, tokens: int, length: str, config: Config, hardware: dict[str, Any]
+) -> None:
+    """What is about to be trained, on what, for how long."""
+    print(f"run        {directory}" + (f" goes on from step {step}" if step else ""))
+    print(f"corpus     {corpus}, {tokens:,} training tokens")
+    print(f"length     {length}")
+    if config.training.deterministic == "strict":
+        print(f"strict     the gradients of {config.training.micro_batches} micro-batches are added in one fixed order")
+    print(f"model      {config.model.family}, {read_summary(directory)['parameters']:,} parameters")
+    print(f"hardware   {', '.join(f'{key} {value}' for key, value in hardware.items())}", flush=True)
 
 
 def tell_results(directory: Path, config: Config, summary: dict[str, Any], again: bool) -> None:

@@ -64,6 +64,9 @@ def lock(directory: Path) -> TextIO:
     try:
         directory.mkdir(parents=True, exist_ok=True)
         file = open(directory / "lock", "a+")
+        (directory / "checkpoints").mkdir(exist_ok=True)
+        with tempfile.TemporaryFile(dir=directory / "checkpoints") as probe:
+            probe.write(b"room")
     except OSError as problem:
         raise BadInput(f"cannot write to the run directory {directory}: {problem.strerror}") from None
     try:
@@ -74,12 +77,6 @@ def lock(directory: Path) -> TextIO:
         raise BadInput(
             f"{directory} is in use by {owner}; wait for it, stop it, or give this run another --run.name"
         ) from None
-    try:
-        (directory / "checkpoints").mkdir(exist_ok=True)
-        with tempfile.TemporaryFile(dir=directory / "checkpoints") as probe:
-            probe.write(b"room")
-    except OSError as problem:
-        raise BadInput(f"cannot write to {directory / 'checkpoints'}: {problem.strerror}") from None
     file.truncate(0)
     file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
     file.flush()

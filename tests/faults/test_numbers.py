@@ -60,8 +60,8 @@ def test_a_spike_is_told_logged_and_remembered_over_a_resume(tiny: Flags, tmp_pa
     codes, _, errors = end(start(flags, tmp_path, fault="gradient:0:20:spike"))
     assert codes == [0] and "step 20: the objective jumped to" in errors
     same_as(tmp_path / "runs/alone", tmp_path / "runs/tiny")
-    spikes = [(record["step"], record["train/loss"]) for record in read_metrics(tmp_path / "runs/tiny")]
-    assert [step for step, loss in spikes if loss > 1e4] == [20]
+    records = read_metrics(tmp_path / "runs/tiny")
+    assert [record["step"] for record in records if record.get("train/loss", 0) > 1e4] == [20]
     state = read_state(existing(tmp_path / "runs/tiny/checkpoints")[0])
     assert state["spikes"] == 1 and len(state["losses"]) == 24 and max(state["losses"]) < 10
 
@@ -76,7 +76,7 @@ def test_what_is_a_spike() -> None:
     assert not any(is_spike(9.0 if step == 5 else 1.0, []) for step in range(NEEDED))
     # A loss that moves to a higher level for good is soon the usual.
     level = [1.0 + 0.01 * math.sin(step) for step in range(128)]
-    assert sum(is_spike(3.0, level) for _ in range(128)) < 12
+    assert sum(is_spike(3.0, level) for _ in range(128)) < 20
 
 
 @pytest.mark.slow

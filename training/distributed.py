@@ -95,6 +95,8 @@ def start(config: Run, stored: dict[str, Any] | None = None, hang_timeout: int =
     if world > 1 and not dist.is_initialized():
         patience = timedelta(seconds=hang_timeout)
         store, _, _ = next(dist.rendezvous("env://", rank, world, timeout=patience))
+        # torchrun keeps its store when it starts the processes anew: the addresses of the dead must not be found there.
+        store = dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
         backend = "nccl" if kind == "cuda" else "gloo"
         dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=patience)
     return Hardware(rank, world, device, precision, compiled, int(threads), hang_timeout, store)

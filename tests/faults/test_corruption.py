@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 import torch
 from conftest import ROOT
+from oracle import Flags, Train, contents, flip, replace_in_checkpoint, same_as
 
-from runs import Flags, Train, contents, flip, replace_in_checkpoint, same_as
 from training.checkpoint import existing, newest, problem_of, save
 
 

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT
+from oracle import TORCHRUN, Flags, Train, launched, same_as
 
 from command_line import parse
 from config import BadInput
-from runs import TORCHRUN, Flags, Train, launch, same_as
 from training.checkpoint import newest
 from training.distributed import check_micro_batches
 from training.run_directory import read_summary
@@ -32,14 +32,13 @@ def test_killed_at_random_again_and_again(
     step = 0
     for _ in range(3):
         step = draw.randint(step + 1, step + 8)
-        process = launch(breakable(), tmp_path)
-        deadline = time.monotonic() + 60
-        while not any(record["step"] >= step for record in read_metrics(run)) and time.monotonic() < deadline:
-            assert process.poll() is None, "it ended before it was killed"
-            time.sleep(0.001)
-        time.sleep(draw.uniform(0, 0.02))
-        process.kill()
-        assert process.wait() in (-signal.SIGKILL, 0)
+        with launched(breakable(), tmp_path) as process:
+            deadline = time.monotonic() + 60
+            while not any(record["step"] >= step for record in read_metrics(run)) and time.monotonic() < deadline:
+                assert process.poll() is None, "it ended before it was killed"
+                time.sleep(0.001)
+            time.sleep(draw.uniform(0, 0.02))
+        assert process.returncode in (-signal.SIGKILL, 0)  # leaving the block kills
     ended = train(breakable())
     assert ended.returncode == 0, ended.stderr
     same_as(whole_run, run)

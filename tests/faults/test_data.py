@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+from oracle import Flags, Train, contents, replace_in_corpus, same_as
 from safetensors.numpy import load_file, save_file
 
 from command_line import parse
@@ -14,7 +15,6 @@ from data.loader import TrainingLoader
 from data.prepare import prepare
 from data.shards import Corpus
 from data.tokenizers import byte_tokenizer
-from runs import Flags, Train, contents, replace_in_corpus, same_as
 from training.load_run import run_tokenizer
 from training.tracking import read_metrics
 

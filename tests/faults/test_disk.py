@@ -7,8 +7,8 @@ import os
 from pathlib import Path
 
 import pytest
+from oracle import Flags, Train, same_as, shuffle_times
 
-from runs import Flags, Train, same_as, shuffle_times
 from training.tracking import read_metrics
 
 

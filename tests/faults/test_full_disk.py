@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 from launch import end, start
+from oracle import same_as
 
-from runs import same_as
 from training.checkpoint import existing, newest
 from training.run_directory import read_summary
 from training.tracking import read_metrics

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 from launch import end, start
+from oracle import same_as
 
-from runs import same_as
 from training.checkpoint import existing, read_state, read_tensors
 from training.run_directory import read_summary
 from training.spikes import NEEDED, is_spike

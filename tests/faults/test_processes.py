@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 from launch import children, end, free_port, start, torchrun, wait_until
+from oracle import same_as
 from test_regularized_run import KNOBS
 
-from runs import same_as
 from training.run_directory import read_summary
 from training.tracking import read_metrics
 

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 from launch import end, start, wait_until
+from oracle import same_as
 
-from runs import same_as
 from training.checkpoint import existing, problem_of, read_state
 from training.run_directory import read_summary
 from training.tracking import read_metrics

@@ -15,8 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
-from runs import Flags, Train, children, launch, same_as, wait_until_stopped
+from oracle import Flags, Train, children, launched, same_as, wait_until_stopped
 
 
 @pytest.fixture
@@ -75,9 +74,11 @@ def test_the_death_of_its_process_is_told_once_and_costs_nothing(
 ) -> None:
     """wandb-core is killed while the run is held at step 8."""
     said = tmp_path / "said"
-    with said.open("w") as errors:
-        at_8 = {"WANDB_MODE": "offline", "WELLPOSED_FAULT": "save-renamed:0:8:stop"}
-        process = launch(breakable(), tmp_path, stderr=errors, **at_8, **wandb_home)
+    at_8 = {"WANDB_MODE": "offline", "WELLPOSED_FAULT": "save-renamed:0:8:stop"}
+    with (
+        said.open("w") as errors,
+        launched(breakable(), tmp_path, stderr=errors, **at_8, **wandb_home) as process,
+    ):
         wait_until_stopped(process)
         (core,) = (pid for pid, name in children(process.pid) if name.startswith("wandb-core"))
         os.kill(core, signal.SIGKILL)
@@ -103,11 +104,11 @@ def test_a_resume_goes_on_in_the_same_run_and_gives_no_step_twice(
 ) -> None:
     """Asked to stop at step 8, where it is held, and started again."""
     at_8 = {"WANDB_MODE": "offline", "WELLPOSED_FAULT": "save-renamed:0:8:stop"}
-    process = launch(breakable(), tmp_path, **at_8, **wandb_home)
-    wait_until_stopped(process)
-    process.send_signal(signal.SIGTERM)
-    process.send_signal(signal.SIGCONT)
-    assert process.wait(timeout=60) == 3
+    with launched(breakable(), tmp_path, **at_8, **wandb_home) as process:
+        wait_until_stopped(process)
+        process.send_signal(signal.SIGTERM)
+        process.send_signal(signal.SIGCONT)
+        assert process.wait(timeout=60) == 3
     run = tmp_path / "runs/tiny"
     identity = (run / "wandb_id").read_text().strip()
     ended = train(breakable(), WANDB_MODE="offline", **wandb_home)

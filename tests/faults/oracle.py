@@ -9,7 +9,8 @@ import random
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -62,9 +63,15 @@ def steps_kept(run: Path) -> list[int]:
     return [int(path.name.removeprefix("step_")) for path in existing(run / "checkpoints")]
 
 
-def launch(flags: list[str], directory: Path, stderr: Any = None, **environment: str) -> subprocess.Popen[str]:
-    """train.py at work in ``directory``, without waiting for it; what it says is dropped, or goes to ``stderr``."""
-    return subprocess.Popen(
+@contextmanager
+def launched(
+    flags: list[str], directory: Path, stderr: Any = None, **environment: str
+) -> Iterator[subprocess.Popen[str]]:
+    """train.py at work in ``directory``, killed at the latest when the block ends, even if SIGSTOP holds it.
+
+    What it says is dropped, or goes to ``stderr``.
+    """
+    process = subprocess.Popen(
         [sys.executable, str(ROOT / "train.py"), *flags],
         cwd=directory,
         env=os.environ | environment,
@@ -72,6 +79,11 @@ def launch(flags: list[str], directory: Path, stderr: Any = None, **environment:
         stderr=stderr or subprocess.DEVNULL,
         text=True,
     )
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.wait()
 
 
 def wait_until_stopped(process: subprocess.Popen[str]) -> None:

@@ -6,6 +6,7 @@ Order: defaults < YAML files from left to right < flags (the last of a repeated 
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 import difflib
 import os
@@ -286,4 +287,9 @@ def run(main: Callable[[list[str]], int | None]) -> None:
         traceback.print_exc()
         code = FAILED
     sys.stdout.flush()
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        # Past this point torch's threads would wait for a process that hangs, or abort: leave without them.
+        atexit._run_exitfuncs()
+        sys.stderr.flush()
+        os._exit(code or FINISHED)
     raise SystemExit(code or FINISHED)

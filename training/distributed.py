@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import timedelta
+from threading import Thread
 from typing import Any
 
 import torch
@@ -229,26 +230,35 @@ def explain(problem: Exception, hardware: Hardware) -> Failure | None:
         return None
     own = not (isinstance(problem, dist.DistError) or "gloo" in str(problem))
     words = str(problem).splitlines()[0] if str(problem) else ""
+    blamed = ["the process that holds the launch together (rank 0, or torchrun) is gone or hangs"]
+    told = f"failed with {type(problem).__name__}: {words}" if own else ""
+    calling = Thread(target=_roll_call, args=(hardware, words, told, blamed), daemon=True)
+    calling.start()
+    calling.join(SECONDS_FOR_ROLL_CALL * (hardware.world + 1))  # the store itself may hang: it lives in a process
+    if own:
+        return None
+    if not blamed:
+        return Failure(f"the processes lost each other ({words})")
+    return Failure("; ".join(blamed) + ". Start again to go on from the last checkpoint")
+
+
+def _roll_call(hardware: Hardware, words: str, told: str, blamed: list[str]) -> None:
+    """Tell the others of this process's own error, ``told``, or without one put into ``blamed`` who is to blame."""
+    store, found = hardware.store, []
     try:
-        store = hardware.store
         store.set_timeout(timedelta(seconds=SECONDS_FOR_ROLL_CALL))
-        store.set(f"stopped/{hardware.rank}", f"failed with {type(problem).__name__}: {words}" if own else "")
-        if own:
-            return None
-        blamed = []
-        for rank in range(hardware.world):
+        store.set(f"stopped/{hardware.rank}", told)
+        for rank in range(0 if told else hardware.world):
             try:
                 reason = store.get(f"stopped/{rank}").decode()
             except dist.DistError:
                 timed_out = "timed out" in words.lower()
                 reason = f"hangs: nothing came from it for {hardware.hang_timeout} s" if timed_out else "was killed"
             if reason:
-                blamed.append(f"rank {rank} {reason}")
+                found.append(f"rank {rank} {reason}")
     except dist.DistError:
-        blamed = ["the process that holds the launch together (rank 0, or torchrun) is gone"]
-    if not blamed:
-        return Failure(f"the processes lost each other ({words})")
-    return Failure("; ".join(blamed) + ". Start again to go on from the last checkpoint")
+        return
+    blamed[:] = found
 
 
 def barrier(hardware: Hardware) -> None:

@@ -126,7 +126,7 @@ def test_a_step_that_always_crashes_ends_the_attempts(tiny: Flags, tmp_path: Pat
 
 @pytest.mark.slow
 @pytest.mark.fault(9)
-@pytest.mark.parametrize("rank", [1])
+@pytest.mark.parametrize("rank", [0, 1])
 def test_a_rank_that_hangs_is_named(rank: int, tiny: Flags, tmp_path: Path) -> None:
     flags = tiny(training__hang_timeout=6, **SHARED)
     processes = start(flags, tmp_path, 2, fault=f"weights:{rank}:5:stop")

@@ -1,12 +1,13 @@
 # make train         train a small GPT on real text, in minutes, on any machine
 # make test          format, lint, types and tests
 # make test-faults   the tests that kill and damage runs again and again
+# make soak          strike runs at random for ten minutes (MINUTES=10); each must end as if nothing had happened
 # All make .venv and install what they need the first time.
 
 PYTHON ?= python3
 BIN = .venv/bin
 
-.PHONY: help train test test-faults clean
+.PHONY: help train test test-faults soak clean
 
 help:
 	@sed -n 's/^# //p' Makefile
@@ -22,6 +23,9 @@ test: .venv/test.installed
 
 test-faults: .venv/test.installed
 	$(BIN)/python -m pytest -m slow
+
+soak: .venv/test.installed
+	PYTHONPATH=.:tests:tests/faults $(BIN)/python tests/faults/soak.py --minutes $(or $(MINUTES),10) $(if $(SEED),--seed $(SEED))
 
 clean:
 	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache *.egg-info

@@ -244,19 +244,24 @@ def explain(problem: Exception, hardware: Hardware) -> Failure | None:
 
 def _roll_call(hardware: Hardware, words: str, told: str, blamed: list[str]) -> None:
     """Tell the others of this process's own error, ``told``, or without one put into ``blamed`` who is to blame."""
-    store, found = hardware.store, []
+    store, answers = hardware.store, [f"stopped/{rank}" for rank in range(hardware.world)]
+    found = []
     try:
         store.set_timeout(timedelta(seconds=SECONDS_FOR_ROLL_CALL))
-        store.set(f"stopped/{hardware.rank}", told)
-        for rank in range(0 if told else hardware.world):
+        store.set(answers[hardware.rank], told)
+        if told:
+            dist.destroy_process_group()  # which wakes the others; the store, which may live here, must outlast it
+            store.wait(answers)
+            return
+        for rank, answer in enumerate(answers):
             try:
-                reason = store.get(f"stopped/{rank}").decode()
-            except dist.DistError:
+                reason = store.get(answer).decode()
+            except dist.DistStoreError:  # nobody wrote it
                 timed_out = "timed out" in words.lower()
                 reason = f"hangs: nothing came from it for {hardware.hang_timeout} s" if timed_out else "was killed"
             if reason:
                 found.append(f"rank {rank} {reason}")
-    except dist.DistError:
+    except dist.DistError:  # the store is gone, or somebody gave no answer
         return
     blamed[:] = found
 

@@ -286,6 +286,8 @@ def run(main: Callable[[list[str]], int | None]) -> None:
     except Exception:  # a fault of ours or of the machine, not of the user: its traceback is what is needed
         traceback.print_exc()
         code = FAILED
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)  # the exit code is decided; a signal that comes late changes nothing
     sys.stdout.flush()
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         # Past this point torch's threads would wait for a process that hangs, or abort: leave without them.

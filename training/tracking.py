@@ -23,22 +23,10 @@ from config import Config
 from pictures import curves, reliability
 from training.diagnosis import diagnose
 from training.evaluation import Calibration
-from training.run_directory import say
+from training.run_directory import read_metrics, say
 
 SECONDS_BETWEEN_LINES = 5.0
 WANDB_PATIENCE = 7  # seconds to wait for the server before going on without it
-
-
-def read_metrics(directory: Path) -> list[dict[str, Any]]:
-    """The lines of a run's metrics.jsonl; a torn last line is left out."""
-    records = []
-    path = directory / "metrics.jsonl"
-    for line in path.read_text().splitlines() if path.exists() else []:
-        try:
-            records.append(json.loads(line))
-        except ValueError:
-            break
-    return records
 
 
 class Metrics:

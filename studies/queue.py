@@ -23,7 +23,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from config import BadInput
 from studies.knobs import name_of, whole
-from studies.space import Point, Range, Study
+from studies.space import Point, Range, Study, confirmation_seeds
 
 HEARTBEAT = 4  # seconds between two signs of life of a worker
 GRACE = 20  # seconds of silence after which its task is handed to another
@@ -40,12 +40,12 @@ class Task:
 
 
 class Queue:
-    """The tasks of one study. ``seed`` is the sampler's, another one in each worker.
+    """The tasks of one study.
 
     Raises BadInput when the database cannot be reached.
     """
 
-    def __init__(self, study: Study, seed: int | None = None) -> None:
+    def __init__(self, study: Study) -> None:
         self.study = study
         study.directory.mkdir(parents=True, exist_ok=True)
         # Optuna says at INFO what we say ourselves, and calls its heartbeat experimental.
@@ -64,12 +64,11 @@ class Queue:
                     grace_period=GRACE,
                     heartbeat_stale_trial_callback=RetryHeartbeatStaleTrialCallback(),
                 )
-                self.optuna = optuna.create_study(
+                self.shared = optuna.create_study(
                     study_name=study.name,
                     storage=self.storage,
                     load_if_exists=True,
                     direction="minimize" if study.minimize else "maximize",
-                    sampler=optuna.samplers.TPESampler(seed=seed),
                 )
         except ImportError:
             raise BadInput("a postgresql storage needs psycopg: pip install 'psycopg[binary]>=3.2'") from None
@@ -95,24 +94,27 @@ class Queue:
     def fill(self, wanted: list[tuple[Point, int]], trials: int = 0) -> None:
         """Let the runs ``wanted`` wait, and as many searches that ``trials`` there are in all, if they do not yet.
 
-        Runs that wait and are not wanted (any more) are taken out.
+        Runs that wait and are none of the study's any more are taken out.
         """
         with self.alone():
             waiting = {key(trial): trial for trial in self._trials(TrialState.WAITING)}
             running = {key(trial) for trial in self._trials(TrialState.RUNNING)}
             for point, seed in wanted:
                 if (point.name, seed) not in {*waiting, *running}:
-                    self.optuna.enqueue_trial({}, user_attrs={"point": point.name, "knobs": point.knobs, "seed": seed})
-            for place in set(waiting) - {(point.name, seed) for point, seed in wanted} - {None}:
-                self.storage.set_trial_state_values(waiting[place]._trial_id, TrialState.FAIL)
+                    self.shared.enqueue_trial({}, user_attrs={"point": point.name, "knobs": point.knobs, "seed": seed})
+            names, seeds = {point.name for point in self.study.points()}, {*self.study.seeds}
+            seeds |= {*confirmation_seeds(self.study)}
+            for place, trial in waiting.items():
+                if place is not None and (place[0] not in names or place[1] not in seeds):
+                    self.storage.set_trial_state_values(trial._trial_id, TrialState.FAIL)
             states = (TrialState.WAITING, TrialState.RUNNING, TrialState.COMPLETE)
             for _ in range(trials - sum(key(trial) is None for trial in self._trials(*states))):
-                self.optuna.enqueue_trial({})
+                self.shared.enqueue_trial({})
 
     def claim(self) -> Task | None:
         """A task for this worker alone, or None when nothing waits. A dead worker's task waits again."""
         with self.alone():
-            fail_stale_trials(self.optuna)
+            fail_stale_trials(self.shared)
             for trial in self._trials(TrialState.WAITING):
                 self.storage.record_heartbeat(trial._trial_id)
                 if self.storage.set_trial_state_values(trial._trial_id, TrialState.RUNNING):
@@ -149,14 +151,16 @@ class Queue:
             pass  # we were taken for dead, and whoever took over was faster
 
     def _trials(self, *states: TrialState) -> list[FrozenTrial]:
-        return self.optuna.get_trials(deepcopy=False, states=states)
+        return self.shared.get_trials(deepcopy=False, states=states)
 
     def _task(self, trial: FrozenTrial) -> Task:
         told = trial.user_attrs
         if "point" in told:
             return Task(trial._trial_id, Point(told["point"], told["knobs"]), [told["seed"]], searched=False)
         # A searched point: what an earlier worker chose before it died is kept by the trial.
-        chooser = optuna.Trial(self.optuna, trial._trial_id)
+        # A seed of its own for each: workers do not draw the same, and one worker alone draws the same each time.
+        self.shared.sampler = optuna.samplers.TPESampler(seed=trial.number)
+        chooser = optuna.Trial(self.shared, trial._trial_id)
         knobs = {knob: choose(chooser, knob, side) for knob, side in self.study.ranges().items()}
         return Task(trial._trial_id, Point(name_of(knobs), knobs), self.study.seeds, searched=True)
 

@@ -324,8 +324,11 @@ def confirmation_seeds(study: Study) -> list[int]:
     return list(range(first, first + study.confirm_seeds))
 
 
-def read_study(path: str) -> Study:
-    """The study that the file at ``path`` describes; raises BadInput with all mistakes in it at once."""
+def read_study(path: str, workers: str | None = None) -> Study:
+    """The study that the file at ``path`` describes, with other ``workers`` if they are given.
+
+    Raises BadInput with all mistakes in it at once.
+    """
     try:
         content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -339,6 +342,7 @@ def read_study(path: str) -> Study:
     if not isinstance(content, dict):
         raise BadInput(f"{path} must hold 'name:', 'base:', 'space:', 'seeds:' and so on; see configs/studies")
     mistakes: list[str] = []
+    content |= {"workers": workers} if workers is not None else {}
     study = _validated(content, mistakes)
     if study is not None:
         mistakes += study.checked_points[1]

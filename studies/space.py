@@ -178,11 +178,16 @@ class Study(Section):
 
     def ranges(self) -> dict[str, Range | list[Any]]:
         """grid, tpe: full name of each knob -> its values, or between which they are chosen."""
-        return self._sides([])
+        return {
+            knob: side
+            if isinstance(side, Range)  # as numbers, where the file says 1e-3
+            else [self._make({knob: value}, "the space").flat()[knob] for value in side]
+            for knob, side in self._sides([]).items()
+        }
 
     def warnings(self) -> list[str]:
         """What a reader of the results should know beforehand."""
-        varied = {knob for point in self.checked_points[0] for knob in point.knobs} | set(self.ranges())
+        varied = {knob for point in self.checked_points[0] for knob in point.knobs} | set(self._sides([]))
         found = []
         if len(self.seeds) == 1:
             found.append("one seed: the report can give no intervals and no ranking; give at least 'seeds: 3'")

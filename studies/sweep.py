@@ -25,7 +25,7 @@ def sweep_yaml(study: Study) -> str:
         parameters[knob] = distribution(knob, side) if isinstance(side, Range) else {"values": side}
     base = [f"--{knob}={text(value)}" for knob, value in study.base_knobs[0].items() if knob not in parameters]
     files = [study.base] if isinstance(study.base, str) else study.base if isinstance(study.base, list) else base
-    sweep = {
+    sweep: dict[str, Any] = {
         "name": study.name,
         "program": "train.py",
         "method": "bayes" if study.search == "tpe" else "grid",

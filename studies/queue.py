@@ -25,8 +25,8 @@ from config import BadInput
 from studies.knobs import name_of, whole
 from studies.space import Point, Range, Study, confirmation_seeds
 
-HEARTBEAT = 4  # seconds between two signs of life of a worker
-GRACE = 20  # seconds of silence after which its task is handed to another
+HEARTBEAT = 3  # seconds between two signs of life of a worker
+GRACE = 12  # seconds of silence after which its task is handed to another
 
 
 @dataclass(frozen=True)

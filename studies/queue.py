@@ -125,6 +125,10 @@ class Queue:
         """How many tasks are being run, by any worker of any machine."""
         return len(self._trials(TrialState.RUNNING))
 
+    def empty(self) -> bool:
+        """Whether nothing waits and nothing is being run."""
+        return not self._trials(TrialState.WAITING, TrialState.RUNNING)
+
     def beat(self, task: Task) -> None:
         """A sign of life. A database that is away for a while does not hinder a run."""
         try:

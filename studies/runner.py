@@ -49,24 +49,25 @@ def run_study(study: Study) -> int:
     file.write_text(yaml.safe_dump(study.resolved(), sort_keys=False, allow_unicode=True))
 
     crew = Crew(study, file)
-    queue.fill(
-        unfinished(study, searched if study.search != "tpe" else searched[: len(study.seeds)]), study.trials or 0
-    )
+    # tpe: what it searches is known by number only, the baseline by name.
+    known = searched[: len(study.seeds)] if study.search == "tpe" else searched
+    queue.fill(unfinished(study, known), study.trials or 0)
     crew.work(total - len(searched) + len(unfinished(study, searched)))
-    best = winner(study)
-    confirmed = [(point, seed) for point in (points[0], best) if point for seed in confirmation_seeds(study)]
-    if best is not None and confirmed and not crew.told_to_stop:
+    best = winner(study) if queue.empty() else None
+    confirmed = [(point, seed) for point in (points[0], best) if best and point for seed in confirmation_seeds(study)]
+    left = unfinished(study, confirmed)
+    if left and best and not crew.told_to_stop:
         print(f"best so far: {best.name}; it and the baseline are run on fresh seeds to confirm it", flush=True)
-        queue.fill(unfinished(study, confirmed))
-        crew.work(len(unfinished(study, confirmed)))
-    missing = unfinished(study, pairs(study) + (confirmed if best is not None else []))
+        queue.fill(left)
+        crew.work(len(left))
     if crew.told_to_stop:
         print("stopped; the same command goes on from here", flush=True)
         return PREEMPTED
+    missing = unfinished(study, pairs(study) + confirmed)
     for point, seed in missing[:SHOWN]:
         say(f"{point.name} seed {seed} is not finished; see {study.run_directory(point, seed) / 'train.log'}")
     if missing:
-        say(f"{len(missing)} runs are not finished; the same command tries them again")
+        say(f"{len(missing)} runs are not finished; the same command goes on with them")
     return FAILED if missing else FINISHED
 
 
@@ -130,6 +131,8 @@ class Crew:
 
     def work(self, left: int) -> None:
         """Start the workers for ``left`` runs, show what they do, return when the queue is empty or we are stopped."""
+        if not left:
+            return
         device = self.study.config(self.study.points()[0], 0).run.device
         gpus = processes.gpus() if device in ("auto", "cuda") else []
         asked = self.study.workers

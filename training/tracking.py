@@ -125,7 +125,7 @@ def wandb_mode(config: Config) -> str:
     return "online" if known or os.environ.get("WANDB_API_KEY") else "disabled"
 
 
-def start_wandb(directory: Path, config: Config, resuming: bool) -> Any:
+def start_wandb(directory: Path, config: Config, resuming: bool, job_type: str | None = None) -> Any:
     """The W&B run of this directory, or None. Unreachable or refused: offline, at most 10 seconds later."""
     mode = wandb_mode(config)
     if mode not in ("online", "offline"):
@@ -145,6 +145,7 @@ def start_wandb(directory: Path, config: Config, resuming: bool) -> Any:
             run = wandb.init(
                 project=config.tracking.project,
                 group=config.tracking.group,
+                job_type=job_type,
                 tags=config.tracking.tags or None,
                 name=directory.name,
                 id=identity.read_text().strip(),

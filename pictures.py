@@ -23,8 +23,8 @@ def _axes(width: float, height: float, rows: int = 1) -> tuple[Any, Any]:
     return figure, axes
 
 
-def _save(figure: Any, path: Path) -> None:
-    """Write the picture in one step, so that a viewer never meets half of it."""
+def save(figure: Any, path: Path) -> None:
+    """Write the picture as a PNG in one step, so that a viewer never meets half of it."""
     temporary = path.with_name(f".{path.name}.new")
     figure.savefig(temporary, format="png")
     temporary.replace(path)
@@ -80,7 +80,7 @@ def curves(records: list[dict[str, Any]], path: Path, title: str, verdict: str =
     gaps.plot(steps, values, "o-", color=BEST, markersize=3, linewidth=1.2)
     gaps.set_ylabel("gap: val − train")
     gaps.set_xlabel("step")
-    _save(figure, path)
+    save(figure, path)
 
 
 def _panels(
@@ -130,7 +130,7 @@ def reliability(calibration: Any, path: Path, title: str) -> None:
     counts.bar(middles, [calibration.tokens[index] for index in filled], width * 0.94, color=TRAIN, zorder=2)
     counts.set(xlabel="confidence: probability of the likeliest token", ylabel="tokens")
     counts.yaxis.set_major_formatter("{x:,.0f}")
-    _save(figure, path)
+    save(figure, path)
 
 
 def uncertainty_histogram(
@@ -157,7 +157,7 @@ def uncertainty_histogram(
         panel.legend(frameon=False)
     panels[0].set_ylabel("share of tokens")
     figure.suptitle(title, fontsize=10)
-    _save(figure, path)
+    save(figure, path)
 
 
 # ---------------------------------------------------------------------------------------------- pictures of studies
@@ -166,11 +166,6 @@ def uncertainty_histogram(
 GOOD, FAINT = "#1f8a5b", "#9aa5b1"
 BEST_FEW = ("#1f8a5b", "#7a5195", "#d98e04")
 STYLE = "<style>svg{--ink:#22303c;fill:var(--ink)}@media(prefers-color-scheme:dark){svg{--ink:#d5dde5}}</style>"
-
-
-def save(figure: Any, path: Path) -> None:
-    """The figure as a PNG."""
-    _save(figure, path)
 
 
 def svg(figure: Any) -> str:

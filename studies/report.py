@@ -42,7 +42,7 @@ def write_report(study: Study, points: Sequence[Point] | None = None) -> tuple[P
     write_table(directory / "ranking.csv", ranking)
     drawn = draw(findings)
     for name, picture in drawn.items():
-        pictures.save(picture["figure"](False), directory / f"{name}.png")
+        pictures.save(picture["wide"], directory / f"{name}.png")
     page = render(findings, drawn)
     temporary = directory / ".report.html.new"
     temporary.write_text(page, encoding="utf-8")
@@ -86,7 +86,7 @@ def ranking_rows(findings: Findings) -> list[dict[str, Any]]:
 
 # ---------------------------------------------------------------------------------------------- pictures
 
-Picture = dict[str, Any]  # "figure": narrow → figure, "alt", "title", "text"
+Picture = dict[str, Any]  # "title", "text", "alt", and the figures "wide" and "narrow"
 
 
 def draw(findings: Findings) -> dict[str, Picture]:
@@ -94,7 +94,7 @@ def draw(findings: Findings) -> dict[str, Picture]:
     drawn: dict[str, Picture] = {}
 
     def add(name: str, title: str, alt: str, text: str, figure: Callable[[bool], Any]) -> None:
-        drawn[name] = {"title": title, "alt": alt, "text": text, "figure": figure}
+        drawn[name] = {"title": title, "alt": alt, "text": text, "wide": figure(False), "narrow": figure(True)}
 
     ranked = [point for point in findings.ranked() if point.baseline or findings.effect(point)]
     rows = forest_rows(findings, ranked)
@@ -195,7 +195,7 @@ def settings(findings: Findings) -> dict[str, dict[str, Any]]:
 
 
 def heat_cells(findings: Findings) -> tuple[Any, Any, tuple[str, str], tuple[list[str], list[str]]] | None:
-    """The cells of a study of two knobs, None for any other or when most cells are empty."""
+    """The cells of a study of two knobs, None for any other or when a fifth of the cells is empty."""
     chosen = settings(findings)
     knobs = list(next(iter(chosen.values())))
     if len(knobs) != 2:
@@ -208,7 +208,7 @@ def heat_cells(findings: Findings) -> tuple[Any, Any, tuple[str, str], tuple[lis
         )
     by_cell = {tuple(map(repr, values.values())): name for name, values in chosen.items()}
     places = {point.name: point for point in findings.points}
-    if 2 * len(by_cell) < len(sides[0]) * len(sides[1]) or min(map(len, sides)) < 2:
+    if 5 * len(by_cell) < 4 * len(sides[0]) * len(sides[1]) or min(map(len, sides)) < 2:
         return None
     differences, sure = [], []
     for one in sides[0]:
@@ -302,8 +302,8 @@ def pair_values(findings: Findings, point: Point, metric: str, confirmation: boo
 def figure_html(picture: Picture) -> Markup:
     """A picture in both widths, as data inside the page."""
     sources = []
-    for narrow in (False, True):
-        drawing = pictures.svg(picture["figure"](narrow)).encode()
+    for width in ("wide", "narrow"):
+        drawing = pictures.svg(picture[width]).encode()
         sources.append(f"data:image/svg+xml;base64,{base64.b64encode(drawing).decode()}")
     return Markup(  # Markup.format escapes what it is given
         '<picture><source media="(max-width: 40rem)" srcset="{}"><img src="{}" alt="{}"></picture>'

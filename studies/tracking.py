@@ -32,7 +32,7 @@ def log_summary(
 
         columns: list[str | int] = list(ranking[0])
         table = wandb.Table(columns=columns, data=[list(row.values()) for row in ranking])
-        run.log({"ranking": table} | {name: wandb.Image(str(path)) for name, path in pictures.items()})
+        run.log({"table": table} | {f"pictures/{name}": wandb.Image(str(path)) for name, path in pictures.items()})
         best = findings.winner.name if findings.winner else None
         run.summary.update({"answer": " ".join(sentences), "winner": best, "noise": findings.search.noise.sd})
         if findings.confirmed is not None:

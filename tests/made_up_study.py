@@ -17,7 +17,7 @@ STEPS = 300
 BYTES_PER_TOKEN = 2.2
 
 
-def make_study(directory: Path, **changes: Any) -> Study:
+def make_study(directory: Path, kind: type[Study] = Study, **changes: Any) -> Study:
     """A study in ``directory``; by default a grid of weight decay and dropout on three seeds."""
     values: dict[str, Any] = {
         "name": "made-up",
@@ -26,7 +26,7 @@ def make_study(directory: Path, **changes: Any) -> Study:
         "space": {"regularizers.weight_decay": [0.1, 0.5, 1.0, 2.0], "regularizers.residual_dropout": [0.0, 0.1, 0.2]},
         "seeds": 3,
     }
-    study = Study.model_validate(values | changes)
+    study = kind.model_validate(values | changes)
     study.directory.mkdir(parents=True)
     return study
 

@@ -164,12 +164,13 @@ def uncertainty_histogram(
 # Each returns a figure, wide for a page or narrow for a phone: save() makes the PNG, svg() what the report shows.
 
 GOOD, FAINT = "#1f8a5b", "#9aa5b1"
-BEST_FEW = ("#1f8a5b", "#7a5195", "#d98e04")
-STYLE = "<style>svg{--ink:#22303c;fill:var(--ink)}@media(prefers-color-scheme:dark){svg{--ink:#d5dde5}}</style>"
+BEST_FEW = (GOOD, AVERAGE, "#d98e04")
+# What each colour becomes for readers in the dark; black is that of the text.
+IN_THE_DARK = {"#000000": "#d5dde5", VAL: "#5db4d8", GOOD: "#57bd8d", BEST: "#ea7d8a", AVERAGE: "#b08fce"}
 
 
 def svg(figure: Any) -> str:
-    """The figure as SVG whose black follows the light or dark scheme of who looks, in the reader's own font."""
+    """The figure as SVG whose colours follow the light or dark scheme of who looks, in the reader's own font."""
     import matplotlib
 
     text = io.StringIO()
@@ -178,8 +179,13 @@ def svg(figure: Any) -> str:
     drawing = text.getvalue()
     drawing = drawing[drawing.index("<svg") :]
     drawing = re.sub(r"<metadata>.*?</metadata>", "", drawing, flags=re.DOTALL)
-    drawing = re.sub(r"'DejaVu Sans'[^;\"]*", "system-ui, sans-serif", drawing).replace("#000000", "var(--ink)")
-    return drawing.replace(">", f">{STYLE}", 1)
+    drawing = re.sub(r"'DejaVu Sans'[^;\"]*", "system-ui, sans-serif", drawing)
+    light, dark = "", ""
+    for number, (color, other) in enumerate(IN_THE_DARK.items()):
+        drawing = drawing.replace(color, f"var(--c{number})")
+        light, dark = f"{light}--c{number}:{color};", f"{dark}--c{number}:{other};"
+    style = f"<style>svg{{{light}fill:var(--c0)}}@media(prefers-color-scheme:dark){{svg{{{dark}}}}}</style>"
+    return drawing.replace(">", f">{style}", 1)
 
 
 def _label(name: str, most: int = 38) -> str:
@@ -263,7 +269,9 @@ def study_curves(points: list[dict[str, Any]], unit: str, narrow: bool = False) 
     panels[-1].set_xlabel("step")
     panels[0].set_xlabel("" if narrow else "step")
     panels[0].set_ylabel(unit)
-    figure.legend(loc="outside upper left", ncols=1 if narrow else 3, frameon=False, fontsize=8.5)
+    longest = max((len(point["label"]) for point in points if point["role"] != "rest"), default=0)
+    columns = 1 if narrow else 3 if longest < 24 else 2
+    figure.legend(loc="outside upper left", ncols=columns, frameon=False, fontsize=8.5)
     return figure
 
 

@@ -74,13 +74,13 @@ class Findings:
         """A size with its unit."""
         return f"{abs(value):.4f} {self.unit}"
 
-    def interval(self, effect: Effect) -> str:
+    def interval(self, effect: Effect, bits: bool = True) -> str:
         """The interval of the size of an effect, its direction taken as the positive one; and its size in bits."""
         if effect.low is None or effect.high is None:
             return "no interval"
         ends = sorted((effect.low, effect.high) if effect.difference > 0 else (-effect.low, -effect.high))
-        bits = f"; {abs(effect.difference) * self.bits:.4f} bits per byte" if self.bits else ""
-        return f"{CONFIDENCE:.0%} interval {number(ends[0])} to {number(ends[1])}{bits}"
+        also = f"; {abs(effect.difference) * self.bits:.4f} bits per byte" if self.bits and bits else ""
+        return f"{CONFIDENCE:.0%} interval {number(ends[0])} to {number(ends[1])}{also}"
 
 
 def find(study: Study, results: list[Result]) -> Findings:
@@ -91,14 +91,15 @@ def find(study: Study, results: list[Result]) -> Findings:
     best = winner(study, results, search)
     confirmed = test = None
     if best is not None:
-        pair = [result for result in results if result.point.name in (best.name, baseline.name)]
-        uneven = {best.name, baseline.name} & set(search.uneven)
-        fresh = values_of(pair, True, lambda result: result.value)
-        known = None if uneven else search.noise
-        confirmed = analyse(fresh, baseline.name, known).effects.get(best.name)
-        for confirmation in (True, False):
-            test_values = values_of(pair, confirmation, lambda result: result.number("test/loss"))
-            test = test or analyse(test_values, baseline.name).effects.get(best.name)
+        pair = {best.name, baseline.name}
+        fresh = [result for result in results if result.point.name in pair and result.confirmation]
+        known = None if pair & set(search.uneven) else search.noise
+        again = analyse(values_of(fresh, True, lambda result: result.value), baseline.name, known)
+        confirmed = again.effects.get(best.name)
+        tested = analyse(values_of(results, False, test_loss), baseline.name)
+        known = None if pair & set(tested.uneven) else tested.noise
+        again = analyse(values_of(fresh, True, test_loss), baseline.name, known)
+        test = again.effects.get(best.name) or tested.effects.get(best.name)
     return Findings(study, results, points, search, best, confirmed, test, bits_per_unit(study.metric, results))
 
 
@@ -121,6 +122,11 @@ def winner(study: Study, results: list[Result], search: Analysis) -> Point | Non
     sign = 1 if study.minimize else -1
     best = min(candidates, key=lambda name: sign * candidates[name].difference)
     return next(result.point for result in results if result.point.name == best)
+
+
+def test_loss(result: Result) -> float | None:
+    """test/loss of a run's best checkpoint."""
+    return result.number("test/loss")
 
 
 def values_of(results: list[Result], confirmation: bool, value: Callable[[Result], float | None]) -> Values:
@@ -222,7 +228,8 @@ def answer_confirmed(findings: Findings, name: str, verb: str, effect: Effect, c
         test = ""
         if findings.test is not None and any(findings.of(findings.winner or findings.points[0], True)):
             way = "lower" if findings.test.difference < 0 else "higher"
-            test = f", and test/loss is {abs(findings.test.difference):.4f} {way} there"
+            ends = findings.interval(findings.test, bits=False)
+            test = f", and test/loss is {abs(findings.test.difference):.4f} {way} there ({ends})"
         return [
             f"{name} {verb} {findings.study.metric} by {findings.amount(confirmed.difference)} against the baseline "
             f"({findings.interval(confirmed)}).",

@@ -19,7 +19,7 @@ from conftest import ROOT
 
 from training.checkpoint import existing, sha256
 from training.run_directory import read_summary
-from training.tracking import read_metrics
+from training.run_directory import read_metrics
 
 Train = Callable[..., subprocess.CompletedProcess[str]]
 Flags = Callable[..., list[str]]

@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 from training.checkpoint import existing, problem_of
 from training.run_directory import read_summary
-from training.tracking import read_metrics
+from training.run_directory import read_metrics
 
 KNOBS = TINY | {f"regularizers.{name}": str(value) for name, value in EVERYTHING.items()}
 KNOBS |= {

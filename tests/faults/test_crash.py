@@ -18,7 +18,7 @@ from config import BadInput
 from training.checkpoint import newest
 from training.distributed import check_micro_batches
 from training.run_directory import read_summary
-from training.tracking import read_metrics
+from training.run_directory import read_metrics
 
 
 @pytest.mark.slow

@@ -17,7 +17,7 @@ from oracle import same_as
 
 from training.checkpoint import existing, newest
 from training.run_directory import read_summary
-from training.tracking import read_metrics
+from training.run_directory import read_metrics
 
 Flags = Callable[..., list[str]]
 

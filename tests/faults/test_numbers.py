@@ -14,7 +14,7 @@ from oracle import same_as
 from training.checkpoint import existing, read_state, read_tensors
 from training.run_directory import read_summary
 from training.spikes import NEEDED, is_spike
-from training.tracking import read_metrics
+from training.run_directory import read_metrics
 
 Flags = Callable[..., list[str]]
 

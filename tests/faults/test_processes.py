@@ -17,7 +17,7 @@ from oracle import same_as
 from test_regularized_run import KNOBS
 
 from training.run_directory import read_summary
-from training.tracking import read_metrics
+from training.run_directory import read_metrics
 
 Train = Callable[..., subprocess.CompletedProcess[str]]
 Flags = Callable[..., list[str]]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import math
 from pathlib import Path
 
@@ -20,3 +21,20 @@ def metric_value(run_directory: Path, metric: str) -> float | None:
     name = averaged if any(averaged in record for record in records) else metric
     values = [record[name] for record in records if name in record]
     return values[-1] if values and values[-1] is not None and math.isfinite(values[-1]) else None
+
+
+def is_finished(directory: Path) -> bool:
+    """Whether the run is over: its summary says so, not the queue."""
+    return read_summary(directory).get("status") == "finished"
+
+
+def in_use(directory: Path) -> bool:
+    """Whether a process is training in the run's directory."""
+    try:
+        with open(directory / "lock") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return False
+    except OSError:
+        return True
+    return False

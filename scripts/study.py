@@ -12,6 +12,8 @@ from __future__ import annotations
 import argparse
 
 from command_line import FINISHED, PREEMPTED, run
+from config import BadInput
+from studies.results import is_finished
 from studies.space import read_study
 
 ACTIONS = {
@@ -55,6 +57,11 @@ def main(arguments: list[str]) -> int:
         from studies.runner import run_study
 
         code = run_study(study)
+    if not any(is_finished(path) for path in study.directory.glob("*-seed*")):
+        words = f"no run of study {study.name} is finished in {study.directory}"
+        if options.action == "report":
+            raise BadInput(f"{words}; start it: python -m scripts.study run {options.study}")
+        return code  # why is told already
     if code != PREEMPTED:
         from studies.report import write_report
 

@@ -7,6 +7,7 @@ reason. Runs on the confirmation seeds (fresh ones, on which the winner and the 
 from __future__ import annotations
 
 import csv
+import fcntl
 import io
 import os
 from collections.abc import Sequence
@@ -162,3 +163,20 @@ def write_table(path: Path, rows: list[dict[str, Any]]) -> None:
     temporary = path.with_name(f".{path.name}.new")
     temporary.write_text(text.getvalue(), encoding="utf-8")
     os.replace(temporary, path)
+
+
+def is_finished(directory: Path) -> bool:
+    """Whether the run is over: its summary says so, not the queue."""
+    return read_summary(directory).get("status") == "finished"
+
+
+def in_use(directory: Path) -> bool:
+    """Whether a process is training in the run's directory."""
+    try:
+        with open(directory / "lock") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return False
+    except OSError:
+        return True
+    return False

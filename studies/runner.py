@@ -20,9 +20,8 @@ from config import BadInput
 from data.prepare import prepare
 from studies import processes
 from studies.queue import Queue
-from studies.results import metric_value
+from studies.results import is_finished, metric_value
 from studies.space import Point, Study, confirmation_seeds
-from studies.worker import is_finished
 from training.run_directory import check_config, say
 
 SHOWN = 5  # of many mistakes of one kind

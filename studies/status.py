@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from studies.results import metric_value
+from studies.results import in_use, metric_value
 from studies.runner import pairs, winner
 from studies.space import Study, confirmation_seeds
-from studies.worker import in_use
 from training.run_directory import read_summary
 
 RECENT = 10  # finished runs by which the pace is judged

@@ -8,7 +8,6 @@ A process of its own, started by runner.py, without torch. It prints one line fo
 from __future__ import annotations
 
 import argparse
-import fcntl
 import math
 import signal
 import subprocess
@@ -22,7 +21,7 @@ from command_line import FINISHED, PREEMPTED, run
 from config import Config
 from studies.processes import ROOT, start
 from studies.queue import HEARTBEAT, Queue, Task
-from studies.results import metric_value
+from studies.results import in_use, is_finished, metric_value
 from studies.space import Study, read_study
 from training.run_directory import read_summary, update_summary
 
@@ -139,23 +138,6 @@ def text(value: object) -> str:
     if isinstance(value, str):
         return value
     return yaml.safe_dump(value, default_flow_style=True, width=math.inf, allow_unicode=True).splitlines()[0]
-
-
-def is_finished(directory: Path) -> bool:
-    """Whether the run is over: its summary says so, not the queue."""
-    return read_summary(directory).get("status") == "finished"
-
-
-def in_use(directory: Path) -> bool:
-    """Whether a process is training in the run's directory."""
-    try:
-        with open(directory / "lock") as file:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except FileNotFoundError:
-        return False
-    except OSError:
-        return True
-    return False
 
 
 def reason_of(said: str, code: int) -> str:

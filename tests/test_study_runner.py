@@ -73,8 +73,8 @@ def processes(words: str) -> dict[int, tuple[int, str]]:
     return {int(row[0]): (int(row[1]), row[3]) for row in rows if words in row[3] and "Z" not in row[2]}
 
 
-def wait_for(what: str, condition: Any) -> None:
-    end = time.monotonic() + PATIENCE
+def wait_for(what: str, condition: Any, patience: float = PATIENCE) -> None:
+    end = time.monotonic() + patience
     while not condition():
         assert time.monotonic() < end, f"waited in vain: {what}"
         time.sleep(0.05)
@@ -257,13 +257,17 @@ def test_a_process_does_not_outlive_the_one_that_started_it() -> None:
     if sys.platform != "linux":
         pytest.skip("the kernel's help for this is Linux's own")
     code = "import sys, time; from studies.processes import start; print(start(sys.argv[1:], {}).pid, flush=True)"
-    command = [sys.executable, "-c", f"{code}; time.sleep(60)", "sleep", "61"]
+    command = [sys.executable, "-c", f"{code}; time.sleep(999)", "sleep", "998"]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as parent:
         assert parent.stdout is not None
         child = int(parent.stdout.readline())
-        assert processes("sleep 61")[child][0] == parent.pid
+        assert processes("sleep 998")[child][0] == parent.pid
         parent.kill()
-        wait_for("the child to end", lambda: child not in processes("sleep 61"))
+        try:
+            wait_for("the child to end", lambda: child not in processes("sleep 998"), patience=20)
+        finally:
+            if child in processes("sleep 998"):
+                os.kill(child, signal.SIGKILL)
 
 
 def test_a_storage_that_is_not_there_is_told(tmp_path: Path) -> None:
@@ -274,3 +278,5 @@ def test_a_storage_that_is_not_there_is_told(tmp_path: Path) -> None:
     assert "secret" not in words
     code, words = finish(path, action="status")  # reads the runs' directories only
     assert code == 0 and "4 waiting" in words, words
+    code, words = finish(path, action="report")
+    assert code == 2 and "no run of study s is finished" in words and "Traceback" not in words, words

@@ -23,7 +23,7 @@ from config import BadInput
 from training.faults import strike
 
 if TYPE_CHECKING:  # a study asks run directories for their state without importing torch
-    from torch import Tensor
+    from torch import Tensor, nn
 
 NAME = re.compile(r"step_(\d{8,})")
 

@@ -23,7 +23,7 @@ from config import Config
 from pictures import curves, reliability
 from training.diagnosis import diagnose
 from training.evaluation import Calibration
-from training.run_directory import read_metrics, say
+from training.run_directory import read_metrics, read_summary, say
 
 SECONDS_BETWEEN_LINES = 5.0
 WANDB_PATIENCE = 7  # seconds to wait for the server before going on without it

@@ -1,0 +1,48 @@
+"""Measure this machine: ratios first, then times, medians with quartiles; everything also goes to a JSON file.
+
+python -m scripts.benchmark
+python -m scripts.benchmark processes --rounds 5
+
+processes   what two processes, strict sums and a checkpoint cost, against a step of one process
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+from pathlib import Path
+from typing import Any
+
+from command_line import FINISHED, run
+from config import BadInput
+
+PARTS = ("processes",)
+
+
+def main(arguments: list[str]) -> int:
+    """Measure the parts asked for, print each as it is done."""
+    parser = argparse.ArgumentParser(
+        "python -m scripts.benchmark", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("parts", nargs="*", metavar="PART", help="what to measure (default: all)")
+    parser.add_argument("--rounds", type=int, default=None, help="how often each is measured")
+    parser.add_argument("--json", type=Path, default=Path("runs/benchmark.json"), help="default: %(default)s")
+    options = parser.parse_args(arguments)
+    if unknown := set(options.parts) - set(PARTS):
+        raise BadInput(f"no part is called {', '.join(sorted(unknown))}; there are {', '.join(PARTS)}")
+    from training.checkpoint import write_json
+    from training.run_directory import versions
+
+    results: dict[str, Any] = {"versions": versions()}
+    options.json.parent.mkdir(parents=True, exist_ok=True)
+    for part in options.parts or PARTS:
+        module = importlib.import_module(f"benchmarks.{part}")
+        results[part] = module.measure(**({"rounds": options.rounds} if options.rounds else {}))
+        print(f"\n{part}\n" + "\n".join(module.table(results[part])), flush=True)
+        write_json(options.json, results)
+    print(f"\nresults           {options.json}")
+    return FINISHED
+
+
+if __name__ == "__main__":
+    run(main)

@@ -67,7 +67,7 @@ def parse(arguments: list[str], description: str = "") -> Config:
         if key not in fields():
             mistakes.append(unknown_key(key, "on the command line"))
             continue
-        mistakes += _put(key, from_text(value, fields()[key]), "", values, places)
+        mistakes += put(key, from_text(value, fields()[key]), "", values, places)
     return make(values, places, mistakes)
 
 
@@ -94,7 +94,7 @@ def from_mapping(nested: Any, place: str) -> Config:
     """A Config from nested sections, as a study's base or a run's config.yaml hold them."""
     values: dict[str, Any] = {}
     places: dict[str, str] = {}
-    mistakes = _put_sections(nested, place, values, places)
+    mistakes = put_sections(nested, place, values, places)
     return make(values, places, mistakes)
 
 
@@ -112,10 +112,11 @@ def read_yaml(path: str, values: dict[str, Any], places: dict[str, str], mistake
     except yaml.YAMLError as problem:
         mistakes.append(f"{path} is not YAML: {' '.join(str(problem).split())}")
         return
-    mistakes += _put_sections(content, path, values, places)
+    mistakes += put_sections(content, path, values, places)
 
 
-def _put_sections(content: Any, place: str, values: dict[str, Any], places: dict[str, str]) -> list[str]:
+def put_sections(content: Any, place: str, values: dict[str, Any], places: dict[str, str]) -> list[str]:
+    """Add nested sections to ``values`` and their ``place`` to ``places``; returns the mistakes in them."""
     if content is None:
         return []
     if not isinstance(content, dict):
@@ -130,11 +131,12 @@ def _put_sections(content: Any, place: str, values: dict[str, Any], places: dict
             mistakes.append(f"'{section}' in {place} must hold keys such as '{section}: {{key: value}}'")
         else:
             for key, value in keys.items():
-                mistakes += _put(f"{section}.{key}", value, place, values, places)
+                mistakes += put(f"{section}.{key}", value, place, values, places)
     return mistakes
 
 
-def _put(key: str, value: Any, place: str, values: dict[str, Any], places: dict[str, str]) -> list[str]:
+def put(key: str, value: Any, place: str, values: dict[str, Any], places: dict[str, str]) -> list[str]:
+    """Add one knob's value to ``values`` and its ``place`` to ``places``; returns the mistakes."""
     if key not in fields():
         return [unknown_key(key, f"in {place}")]
     if key in ("training.max_steps", "training.max_epochs") and value is not None:

@@ -53,7 +53,7 @@ class Section(BaseModel):
 class Run(Section):
     """Where and on what a run happens."""
 
-    name: str | None = Field(None, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=120)
+    name: str | None = Field(None, pattern=r"^[A-Za-z0-9][A-Za-z0-9._,=+-]*$", max_length=120)
     """Directory of the run under run.dir. null: short words and a hash of the config, which finds its run again."""
     dir: str = Field("runs", min_length=1)
     """Directory that holds the runs."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +23,8 @@ def _axes(width: float, height: float, rows: int = 1) -> tuple[Any, Any]:
     return figure, axes
 
 
-def _save(figure: Any, path: Path) -> None:
-    """Write the picture in one step, so that a viewer never meets half of it."""
+def save(figure: Any, path: Path) -> None:
+    """Write the picture as a PNG in one step, so that a viewer never meets half of it."""
     temporary = path.with_name(f".{path.name}.new")
     figure.savefig(temporary, format="png")
     temporary.replace(path)
@@ -78,21 +80,27 @@ def curves(records: list[dict[str, Any]], path: Path, title: str, verdict: str =
     gaps.plot(steps, values, "o-", color=BEST, markersize=3, linewidth=1.2)
     gaps.set_ylabel("gap: val − train")
     gaps.set_xlabel("step")
-    _save(figure, path)
+    save(figure, path)
 
 
-def _panels(width: float, height: float, columns: int) -> tuple[Any, Any]:
-    """A figure with panels side by side, each with a horizontal axis of its own."""
+def _panels(
+    width: float, height: float, panels: int, columns: int | None = None, sharey: bool = False
+) -> tuple[Any, Any]:
+    """A figure with panels side by side, or in rows of ``columns``, each with a horizontal axis of its own."""
     os.environ.setdefault("MPLBACKEND", "Agg")
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), dpi=120, layout="constrained")
-    panels = figure.subplots(1, columns, squeeze=False)[0]
-    for panel in panels:
+    columns = columns or panels
+    rows = -(-panels // columns)
+    axes = list(figure.subplots(rows, columns, squeeze=False, sharey=sharey).flat)
+    for spare in axes[panels:]:
+        spare.set_visible(False)
+    for panel in axes[:panels]:
         panel.spines[["top", "right"]].set_visible(False)
         panel.grid(alpha=0.25)
         panel.set_axisbelow(True)
-    return figure, panels
+    return figure, axes[:panels]
 
 
 def reliability(calibration: Any, path: Path, title: str) -> None:
@@ -122,7 +130,7 @@ def reliability(calibration: Any, path: Path, title: str) -> None:
     counts.bar(middles, [calibration.tokens[index] for index in filled], width * 0.94, color=TRAIN, zorder=2)
     counts.set(xlabel="confidence: probability of the likeliest token", ylabel="tokens")
     counts.yaxis.set_major_formatter("{x:,.0f}")
-    _save(figure, path)
+    save(figure, path)
 
 
 def uncertainty_histogram(
@@ -149,4 +157,216 @@ def uncertainty_histogram(
         panel.legend(frameon=False)
     panels[0].set_ylabel("share of tokens")
     figure.suptitle(title, fontsize=10)
-    _save(figure, path)
+    save(figure, path)
+
+
+# ---------------------------------------------------------------------------------------------- pictures of studies
+# Each returns a figure, wide for a page or narrow for a phone: save() makes the PNG, svg() what the report shows.
+
+GOOD, FAINT = "#1f8a5b", "#9aa5b1"
+BEST_FEW = (GOOD, AVERAGE, "#d98e04")
+# What each colour becomes for readers in the dark; black is that of the text.
+IN_THE_DARK = {"#000000": "#d5dde5", VAL: "#5db4d8", GOOD: "#57bd8d", BEST: "#ea7d8a", AVERAGE: "#b08fce"}
+
+
+def svg(figure: Any) -> str:
+    """The figure as SVG whose colours follow the light or dark scheme of who looks, in the reader's own font."""
+    import matplotlib
+
+    text = io.StringIO()
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "wellposed"}):
+        figure.savefig(text, format="svg", transparent=True, metadata={"Date": None})
+    drawing = text.getvalue()
+    drawing = drawing[drawing.index("<svg") :]
+    drawing = re.sub(r"<metadata>.*?</metadata>", "", drawing, flags=re.DOTALL)
+    drawing = re.sub(r"'DejaVu Sans'[^;\"]*", "system-ui, sans-serif", drawing)
+    light, dark = "", ""
+    for number, (color, other) in enumerate(IN_THE_DARK.items()):
+        drawing = drawing.replace(color, f"var(--c{number})")
+        light, dark = f"{light}--c{number}:{color};", f"{dark}--c{number}:{other};"
+    style = f"<style>svg{{{light}fill:var(--c0)}}@media(prefers-color-scheme:dark){{svg{{{dark}}}}}</style>"
+    return drawing.replace(">", f">{style}", 1)
+
+
+def _label(name: str, most: int = 38) -> str:
+    """A name that leaves room for the picture; without the dollar signs that matplotlib would typeset."""
+    return (name if len(name) <= most else f"{name[: most - 1]}…").replace("$", r"\$")
+
+
+def _rows(panels: Any, names: list[str], narrow: bool) -> None:
+    """Names along the vertical axis, first on top; on a phone they stand above their rows instead."""
+    for place, panel in enumerate(panels):
+        panel.set_ylim(len(names) - 0.4, -0.9 if narrow else -0.6)
+        panel.grid(axis="y", visible=False)
+        panel.spines["left"].set_visible(False)
+        panel.tick_params(axis="y", length=0)
+        panel.set_yticks(range(len(names)), ["" if narrow or place else _label(name) for name in names])
+        if narrow:
+            for row, name in enumerate(names):
+                where = {"xycoords": panel.get_yaxis_transform(), "textcoords": "offset points", "va": "bottom"}
+                panel.annotate(_label(name, 44), (0, row), xytext=(0, 3), fontsize=8, **where)
+
+
+def ranking(rows: list[dict[str, Any]], unit: str, narrow: bool = False) -> Any:
+    """Forest plot: each row's ``difference`` to the baseline with its interval ``low`` to ``high`` (None: unknown).
+
+    ``role`` is winner, point or uneven; ``better`` is True, False or None (not distinguishable from noise).
+    """
+    height = 0.9 + len(rows) * (0.42 if narrow else 0.3)
+    figure, (panel,) = _panels(3.7 if narrow else 7.4, height, 1)
+    panel.axvline(0, color="black", linewidth=0.9)
+    for place, row in enumerate(rows):
+        color = {True: GOOD, False: BEST, None: FAINT}[row["better"]]
+        if row["low"] is not None:
+            panel.plot([row["low"], row["high"]], [place, place], color=color, linewidth=2.2, solid_capstyle="round")
+        marker = "D" if row["role"] == "winner" else "o"
+        hollow = {"markerfacecolor": "none"} if row["role"] == "uneven" else {}
+        panel.plot(row["difference"], place, marker, color=color, markersize=7, **hollow)
+    sure = [value for row in rows if row["role"] != "uneven" for value in (row["low"], row["high"], row["difference"])]
+    inside = [value for value in sure if value is not None] + [0.0]
+    pad = 0.06 * (max(inside) - min(inside) + 1e-9)
+    panel.set_xlim(min(inside) - pad, max(inside) + pad)  # a point that diverged must not flatten the others
+    panel.locator_params(axis="x", nbins=4 if narrow else 7)
+    _rows([panel], [row["label"] for row in rows], narrow)
+    panel.set_xlabel(f"difference to the baseline, {unit}")
+    return figure
+
+
+def study_curves(points: list[dict[str, Any]], unit: str, narrow: bool = False) -> Any:
+    """Curves of every point: the mean over seeds, and a band from the lowest to the highest seed.
+
+    A point has ``label``, ``role`` (baseline, best, worst or rest, which is drawn faint) and, under ``val`` and
+    ``train``, one (steps, values) for each seed.
+    """
+    figure, panels = _panels(3.7 if narrow else 7.4, 5.8 if narrow else 3.9, 2, 1 if narrow else 2, sharey=True)
+    few = iter(BEST_FEW)
+    ceilings, floors = [], []
+    for point in sorted(points, key=lambda point: ["rest", "worst", "baseline", "best"].index(point["role"])):
+        styles = {"rest": (FAINT, 0.8, "-"), "worst": (BEST, 1.5, ":"), "baseline": ("black", 1.8, "--")}
+        color, width, dashes = styles.get(point["role"]) or (next(few, FAINT), 1.8, "-")
+        for panel, part in zip(panels, ("val", "train"), strict=True):
+            steps, low, middle, high = _over_seeds(point[part])
+            if not steps:
+                continue
+            rest = point["role"] == "rest"
+            panel.plot(steps, middle, dashes, color=color, linewidth=width, alpha=0.35 if rest else 1)
+            if not rest:
+                shade = 0.0 if point["role"] == "worst" else 0.15
+                panel.fill_between(steps, low, high, color=color, alpha=shade, linewidth=0)
+                late = [value for step, value in zip(steps, middle, strict=True) if step >= steps[-1] / 2]
+                ceilings.append(max(late) if point["role"] != "worst" else 0.0)
+                floors.append(min(low))
+        if point["role"] != "rest":
+            panels[0].plot([], [], dashes, color=color, linewidth=width, label=_label(point["label"]))
+    if any(point["role"] == "rest" for point in points):
+        panels[0].plot([], [], color=FAINT, alpha=0.5, linewidth=0.8, label="the other points")
+    if floors and max(ceilings) > min(floors):  # the steep beginning would flatten what matters
+        height = max(ceilings) - min(floors)
+        panels[0].set_ylim(min(floors) - 0.08 * height, max(ceilings) + 0.6 * height)
+    for panel, title in zip(panels, ("validation", "training text, in evaluation mode"), strict=True):
+        panel.set_title(title, fontsize=10, loc="left")
+        panel.locator_params(axis="x", nbins=5)
+    panels[-1].set_xlabel("step")
+    panels[0].set_xlabel("" if narrow else "step")
+    panels[0].set_ylabel(unit)
+    longest = max((len(point["label"]) for point in points if point["role"] != "rest"), default=0)
+    columns = 1 if narrow else 3 if longest < 24 else 2
+    figure.legend(loc="outside upper left", ncols=columns, frameon=False, fontsize=8.5)
+    return figure
+
+
+def _over_seeds(runs: list[tuple[list[float], list[float]]]) -> tuple[list[float], ...]:
+    """Steps, and lowest, mean and highest value over the runs that have the step."""
+    by_step: dict[float, list[float]] = {}
+    for steps, values in runs:
+        for step, value in zip(steps, values, strict=True):
+            by_step.setdefault(step, []).append(value)
+    steps = sorted(step for step in by_step if len(by_step[step]) >= max(1, len(runs) // 2))
+    seeds = [by_step[step] for step in steps]
+    return steps, list(map(min, seeds)), [sum(held) / len(held) for held in seeds], list(map(max, seeds))
+
+
+def dots(
+    names: list[str], panels: dict[str, list[list[float]]], baseline: int | None = None, narrow: bool = False
+) -> Any:
+    """One row a point, one panel a measure: each seed as a faint dot, their mean as a full one.
+
+    ``panels`` maps the measure's name to the seeds' values of each row; a line marks the mean of row ``baseline``.
+    """
+    height = (0.9 + len(names) * 0.36) * len(panels) if narrow else 0.9 + len(names) * 0.26
+    figure, axes = _panels(3.7 if narrow else 7.4, height, len(panels), 1 if narrow else None)
+    for axis, (title, rows) in zip(axes, panels.items(), strict=True):
+        for place, values in enumerate(rows):
+            color = "black" if place == baseline else VAL
+            axis.plot(values, [place] * len(values), "o", color=color, markersize=4, alpha=0.3)
+            if values:
+                axis.plot(sum(values) / len(values), place, "o", color=color, markersize=6)
+        if baseline is not None and rows[baseline]:
+            axis.axvline(sum(rows[baseline]) / len(rows[baseline]), color="black", linewidth=0.8, linestyle="--")
+        axis.set_title(title, fontsize=10, loc="left")
+        axis.locator_params(axis="x", nbins=4)
+    _rows(axes, names, narrow)
+    return figure
+
+
+def heatmap(
+    differences: list[list[float | None]], sure: list[list[bool]], knobs: tuple[str, str],
+    values: tuple[list[str], list[str]], unit: str, narrow: bool = False,
+) -> Any:  # fmt: skip
+    """Difference to the baseline over two knobs: rows by the first, columns by the second, None where there is none.
+
+    Bold: distinguishable from noise. Blue is lower, which for a loss is better.
+    """
+    import numpy as np
+
+    grid = np.array([[np.nan if cell is None else cell for cell in row] for row in differences], dtype=float)
+    most = float(np.nanmax(np.abs(grid))) or 1.0
+    width = 3.7 if narrow else min(7.4, 2.6 + 0.95 * grid.shape[1])
+    figure, (panel,) = _panels(width, 1.6 + 0.5 * grid.shape[0], 1)
+    mesh = panel.pcolormesh(grid, cmap="RdBu_r", vmin=-most, vmax=most, edgecolors="none")
+    for row, column in np.ndindex(grid.shape):
+        if np.isfinite(grid[row, column]):
+            dark = abs(grid[row, column]) > 0.6 * most
+            panel.text(
+                column + 0.5, row + 0.5, f"{grid[row, column]:+.3f}", ha="center", va="center",
+                fontsize=7.5 if narrow else 9, color="#fafafa" if dark else "#151515",
+                fontweight="bold" if sure[row][column] else "normal",
+            )  # fmt: skip
+    panel.set_yticks(np.arange(grid.shape[0]) + 0.5, [_label(value) for value in values[0]])
+    panel.set_xticks(np.arange(grid.shape[1]) + 0.5, [_label(value) for value in values[1]])
+    panel.set(ylabel=knobs[0], xlabel=knobs[1])
+    panel.grid(visible=False)
+    panel.spines[["left", "bottom"]].set_visible(False)
+    panel.tick_params(length=0)
+    bar = figure.colorbar(mesh, ax=panel, orientation="horizontal" if narrow else "vertical", shrink=0.8)
+    bar.outline.set_visible(False)
+    bar.set_label(f"difference to the baseline, {unit}" if narrow else f"difference, {unit}", fontsize=8.5)
+    return figure
+
+
+def dose_response(knobs: dict[str, list[dict[str, Any]]], unit: str, narrow: bool = False) -> Any:
+    """Difference to the baseline over the value of a knob, one panel a knob.
+
+    A dose has ``value`` (a number), ``difference``, ``low``, ``high`` (None: unknown) and ``baseline``.
+    """
+    columns = 1 if narrow else min(2, len(knobs))
+    size = (3.7 if narrow else 3.7 * columns + 0.4, 2.6 * -(-len(knobs) // columns))
+    figure, panels = _panels(*size, len(knobs), columns, sharey=True)
+    for panel, (knob, doses) in zip(panels, knobs.items(), strict=True):
+        doses = sorted(doses, key=lambda dose: dose["value"])
+        spaced = len(doses) <= 8  # few doses stand at equal distances: 0, 0.1, 1, 3 fit no scale
+        places = list(range(len(doses))) if spaced else [dose["value"] for dose in doses]
+        panel.axhline(0, color="black", linewidth=0.9)
+        panel.plot(places, [dose["difference"] for dose in doses], color=VAL, linewidth=1.4)
+        for place, dose in zip(places, doses, strict=True):
+            if dose["low"] is not None:
+                panel.plot([place, place], [dose["low"], dose["high"]], color=VAL, linewidth=2, alpha=0.6)
+            color = "black" if dose["baseline"] else VAL
+            panel.plot(place, dose["difference"], "o", color=color, markersize=6)
+        if spaced:
+            panel.set_xticks(places, [f"{dose['value']:g}" for dose in doses])
+        elif places[0] > 0 and places[-1] > 20 * places[0]:
+            panel.set_xscale("log")
+        panel.set_xlabel(knob)
+    figure.supylabel(f"difference to the baseline, {unit}", fontsize=9)
+    return figure

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from benchmarks.timing import spread
 from config import Failure
-from training.tracking import read_metrics
+from training.run_directory import read_metrics
 
 SHAPES = {
     "4x128, context 64, batch 12": ((4, 128, 4, 64, 12), 150),

@@ -17,7 +17,7 @@ from conftest import ROOT
 
 from training.checkpoint import existing, read_tensors
 from training.load_run import load_model
-from training.tracking import read_metrics
+from training.run_directory import read_metrics
 
 Train = Callable[..., subprocess.CompletedProcess[str]]
 Flags = Callable[..., list[str]]

@@ -17,7 +17,7 @@ import pytest
 from conftest import ROOT, made_up_text
 
 from training.checkpoint import existing, read_state
-from training.tracking import read_metrics
+from training.run_directory import read_metrics
 
 Train = Callable[..., subprocess.CompletedProcess[str]]
 Flags = Callable[..., list[str]]

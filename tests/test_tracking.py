@@ -14,7 +14,8 @@ import pytest
 
 from command_line import parse
 from pictures import smooth
-from training.tracking import Metrics, read_metrics, wandb_mode
+from training.run_directory import read_metrics
+from training.tracking import Metrics, wandb_mode
 
 Train = Callable[..., subprocess.CompletedProcess[str]]
 Flags = Callable[..., list[str]]

@@ -15,14 +15,15 @@ import os
 import re
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
 
 from config import BadInput
 from training.faults import strike
+
+if TYPE_CHECKING:  # a study asks run directories for their state without importing torch
+    from torch import Tensor, nn
 
 NAME = re.compile(r"step_(\d{8,})")
 
@@ -48,6 +49,8 @@ def save(checkpoints: Path, step: int, tensors: dict[str, dict[str, Tensor]], st
 
     Raises OSError when the disk refuses; what was there before is untouched then, and the temporary is gone.
     """
+    from safetensors.torch import save_file
+
     final = directory_for(checkpoints, step)
     if final.exists():
         if not problem_of(final):
@@ -163,6 +166,8 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
 
 def read_tensors(checkpoint: Path, name: str) -> dict[str, Tensor]:
     """The tensors of one file of a checkpoint, by name; raises BadInput when it is no safetensors file."""
+    from safetensors.torch import load_file
+
     path = checkpoint / f"{name}.safetensors"
     try:
         return {key: value.clone() for key, value in load_file(path).items()}  # loaded tensors alias the file

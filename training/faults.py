@@ -10,9 +10,10 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
+if TYPE_CHECKING:  # torch is heavy, and a study asks checkpoints for their state without it
+    from torch import Tensor
 
 
 def strike(point: str, step: int, tensors: Iterable[Tensor | None] = ()) -> None:
@@ -27,6 +28,8 @@ def strike(point: str, step: int, tensors: Iterable[Tensor | None] = ()) -> None
         os.kill(os.getpid(), signal.SIGKILL if action == "kill" else signal.SIGSTOP)
     elif action == "raise":
         raise RuntimeError(f"a fault was asked for: {asked}")
+    import torch
+
     with torch.no_grad():
         for number, tensor in enumerate(tensors):
             if tensor is None:

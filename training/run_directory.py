@@ -109,6 +109,19 @@ def update_summary(directory: Path, **values: Any) -> dict[str, Any]:
     return summary
 
 
+def read_metrics(directory: Path) -> list[dict[str, Any]]:
+    """The lines of a run's metrics.jsonl; a torn last line is left out."""
+    records = []
+    path = directory / "metrics.jsonl"
+    # Bytes, because what a dead machine leaves at the end of a file need not even be text.
+    for line in path.read_bytes().splitlines() if path.exists() else []:
+        try:
+            records.append(json.loads(line))
+        except ValueError:
+            break
+    return records
+
+
 def check_config(directory: Path, config: Config) -> list[str]:
     """Compare the config with that of the run in ``directory``, if there is one; returns warnings, writes nothing.
 

@@ -23,23 +23,10 @@ from config import Config
 from pictures import curves, reliability
 from training.diagnosis import diagnose
 from training.evaluation import Calibration
-from training.run_directory import read_summary, say
+from training.run_directory import read_metrics, read_summary, say
 
 SECONDS_BETWEEN_LINES = 5.0
 WANDB_PATIENCE = 7  # seconds to wait for the server before going on without it
-
-
-def read_metrics(directory: Path) -> list[dict[str, Any]]:
-    """The lines of a run's metrics.jsonl; a torn last line is left out."""
-    records = []
-    path = directory / "metrics.jsonl"
-    # Bytes, because what a dead machine leaves at the end of a file need not even be text.
-    for line in path.read_bytes().splitlines() if path.exists() else []:
-        try:
-            records.append(json.loads(line))
-        except ValueError:
-            break
-    return records
 
 
 class Metrics:
@@ -142,7 +129,7 @@ def wandb_mode(config: Config) -> str:
     return "online" if known or os.environ.get("WANDB_API_KEY") else "disabled"
 
 
-def start_wandb(directory: Path, config: Config, resuming: bool) -> Any:
+def start_wandb(directory: Path, config: Config, resuming: bool, job_type: str | None = None) -> Any:
     """The W&B run of this directory, or None. Unreachable or refused: offline, at most 10 seconds later."""
     mode = wandb_mode(config)
     if mode not in ("online", "offline"):
@@ -162,6 +149,7 @@ def start_wandb(directory: Path, config: Config, resuming: bool) -> Any:
             run = wandb.init(
                 project=config.tracking.project,
                 group=config.tracking.group,
+                job_type=job_type,
                 tags=config.tracking.tags or None,
                 name=directory.name,
                 id=identity.read_text().strip(),

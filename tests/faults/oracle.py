@@ -18,8 +18,7 @@ import pytest
 from conftest import ROOT
 
 from training.checkpoint import existing, sha256
-from training.run_directory import read_summary
-from training.tracking import read_metrics
+from training.run_directory import read_metrics, read_summary
 
 Train = Callable[..., subprocess.CompletedProcess[str]]
 Flags = Callable[..., list[str]]

@@ -27,8 +27,7 @@ from test_regularized_run import EVERYTHING
 from tqdm import tqdm
 
 from training.checkpoint import existing, problem_of
-from training.run_directory import read_summary
-from training.tracking import read_metrics
+from training.run_directory import read_metrics, read_summary
 
 KNOBS = TINY | {f"regularizers.{name}": str(value) for name, value in EVERYTHING.items()}
 KNOBS |= {

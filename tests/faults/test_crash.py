@@ -17,8 +17,7 @@ from command_line import parse
 from config import BadInput
 from training.checkpoint import newest
 from training.distributed import check_micro_batches
-from training.run_directory import read_summary
-from training.tracking import read_metrics
+from training.run_directory import read_metrics, read_summary
 
 
 @pytest.mark.slow

@@ -16,7 +16,7 @@ from data.prepare import prepare
 from data.shards import Corpus
 from data.tokenizers import byte_tokenizer
 from training.load_run import run_tokenizer
-from training.tracking import read_metrics
+from training.run_directory import read_metrics
 
 
 @pytest.mark.fault(26)

@@ -16,8 +16,7 @@ from launch import end, start
 from oracle import same_as
 
 from training.checkpoint import existing, newest
-from training.run_directory import read_summary
-from training.tracking import read_metrics
+from training.run_directory import read_metrics, read_summary
 
 Flags = Callable[..., list[str]]
 

@@ -12,9 +12,8 @@ from launch import end, start
 from oracle import same_as
 
 from training.checkpoint import existing, read_state, read_tensors
-from training.run_directory import read_summary
+from training.run_directory import read_metrics, read_summary
 from training.spikes import NEEDED, is_spike
-from training.tracking import read_metrics
 
 Flags = Callable[..., list[str]]
 

@@ -16,8 +16,7 @@ from launch import children, end, free_port, start, torchrun, wait_until
 from oracle import same_as
 from test_regularized_run import KNOBS
 
-from training.run_directory import read_summary
-from training.tracking import read_metrics
+from training.run_directory import read_metrics, read_summary
 
 Train = Callable[..., subprocess.CompletedProcess[str]]
 Flags = Callable[..., list[str]]

@@ -12,8 +12,7 @@ from launch import end, start, wait_until
 from oracle import same_as
 
 from training.checkpoint import existing, problem_of, read_state
-from training.run_directory import read_summary
-from training.tracking import read_metrics
+from training.run_directory import read_metrics, read_summary
 
 Flags = Callable[..., list[str]]
 

@@ -30,7 +30,7 @@ from training import optimizer
 from training.checkpoint import existing, read_tensors
 from training.distributed import Hardware
 from training.evaluation import evaluate
-from training.tracking import read_metrics
+from training.run_directory import read_metrics
 
 FIELDS = Regularizers.model_fields
 DECLARED: dict[str, dict[str, Any]] = {

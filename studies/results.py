@@ -1,0 +1,182 @@
+"""What the runs of a study came to, read from their directories alone: nobody else's memory is trusted.
+
+A run counts when its summary says finished and its metric is a finite number; everything else is listed with the
+reason. Runs on the confirmation seeds (fresh ones, on which the winner and the baseline are run again) are marked.
+"""
+
+from __future__ import annotations
+
+import csv
+import fcntl
+import io
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from config import BadInput
+from studies.space import Point, Study, confirmation_seeds
+from training.run_directory import read_metrics, read_summary
+
+FINISHED = "finished"
+DIVERGED = 1e12  # a metric beyond this (a perplexity can reach 1e300) is as good as not finite
+# The columns of results.csv after point, seed, the knobs, status and the study's metric: name → metric of a run.
+COLUMNS = {
+    "val/loss": "val/loss",
+    "val/bits_per_byte": "val/bits_per_byte",
+    "test/loss": "test/loss",
+    "test/bits_per_byte": "test/bits_per_byte",
+    "ece": "val/ece",
+    "brier": "val/brier",
+    "gap": "gap/loss",
+    "tokens_per_second": "tokens_per_second",
+    "seconds": "seconds",
+}
+
+
+@dataclass(frozen=True)
+class Result:
+    """One run: a point on a seed. ``value`` is the study's metric, only of finished runs and only if it is finite."""
+
+    point: Point
+    seed: int
+    status: str  # finished, running, failed, preempted, waiting
+    summary: dict[str, Any]
+    records: list[dict[str, Any]]
+    value: float | None
+    directory: Path
+    confirmation: bool = False
+
+    def number(self, name: str) -> float | None:
+        """A metric of the run as it ended: of the records, or a value of the summary, or ``seconds`` of training."""
+        if name in ("seconds", "seconds_per_step"):
+            speed, tokens, steps = (self.summary.get(key) for key in ("tokens_per_second", "tokens", "steps"))
+            if not (speed and tokens and steps):
+                return None
+            return float(tokens / speed if name == "seconds" else tokens / speed / steps)
+        value = last_value(self.records, self.summary, name)
+        return value if value is not None else _finite(self.summary.get(name))
+
+    @property
+    def reason(self) -> str:
+        """Why a run that did not finish, or whose metric is no number, does not count; empty for the others."""
+        if self.status == "failed":
+            error = str(self.summary.get("error") or "").strip()
+            if error:
+                return error.splitlines()[0]
+            if self.summary.get("status") == FINISHED:
+                return "it ran to its end, but the metric there is not a finite number: it diverged"
+            if "steps" in self.summary:
+                return f"stopped at step {self.summary['steps']:,}: the gradient was not finite"
+            return "ended without saying why"
+        words = {"running": "still running, or killed", "preempted": "stopped, as asked", "waiting": "not started"}
+        return words.get(self.status, "")
+
+
+def metric_value(run_directory: Path, metric: str) -> float | None:
+    """The value of ``metric`` that counts for the run, None if there is none or it is not finite.
+
+    That is the last one in metrics.jsonl; of averaged weights when they were evaluated (``val_average/...`` for
+    ``val/...``); and of the step whose weights were restored when the run was stopped early.
+    """
+    return last_value(read_metrics(run_directory), read_summary(run_directory), metric)
+
+
+def last_value(records: list[dict[str, Any]], summary: dict[str, Any], metric: str) -> float | None:
+    """``metric_value`` of records and a summary that were read already."""
+    twin = metric.replace("val/", "val_average/", 1) if metric.startswith("val/") else metric
+    name = twin if any(twin in record for record in records) else metric
+    # The last line that has it, even as null (not finite): an earlier value is not what the run came to.
+    held = [record for record in records if name in record]
+    if summary.get("stopped_early") and "best/step" in summary:
+        held = [record for record in held if record["step"] <= summary["best/step"]]
+    return _finite(held[-1][name]) if held else None
+
+
+def collect(study: Study, points: Sequence[Point] | None = None) -> list[Result]:
+    """All runs of the study, in the order of the points and seeds, the confirmation's last for each point.
+
+    ``points``: those of a search that makes them up as it goes (tpe), the baseline first; else ``study.points()``.
+    Raises BadInput when no run is finished yet.
+    """
+    fresh = [seed for seed in confirmation_seeds(study) if seed not in study.seeds]
+    results = []
+    for point in points if points is not None else study.points():
+        results += [_read(study, point, seed) for seed in study.seeds]
+        results += [_read(study, point, seed, True) for seed in fresh if study.run_directory(point, seed).exists()]
+    if not any(result.value is not None for result in results):
+        states = [result.status for result in results]
+        counts = ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states)) or "no runs at all"
+        failed = next(
+            (f"; the first failed with: {result.reason}" for result in results if result.status == "failed"), ""
+        )
+        raise BadInput(
+            f"no finished run in {study.directory} ({counts}){failed}; "
+            "start the study, or let it go on: python -m scripts.study run YOUR_STUDY.yaml"
+        )
+    return results
+
+
+def _read(study: Study, point: Point, seed: int, confirmation: bool = False) -> Result:
+    directory = Path(study.run_directory(point, seed))
+    summary, records = read_summary(directory), read_metrics(directory)
+    status = str(summary.get("status", "waiting"))
+    value = last_value(records, summary, study.metric) if status == FINISHED else None
+    if status == FINISHED and value is None:
+        status = "failed"
+    return Result(point, seed, status, summary, records, value, directory, confirmation)
+
+
+def _finite(value: Any) -> float | None:
+    usable = isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < DIVERGED
+    return float(value) if usable else None
+
+
+def varied(points: Sequence[Point]) -> list[str]:
+    """The knobs that the points set, in the order in which they are met."""
+    return list(dict.fromkeys(knob for point in points for knob in point.knobs))
+
+
+def write_results(path: Path, study: Study, results: list[Result]) -> None:
+    """results.csv: one row a run. An empty cell is a value that is not there; knobs as the run's config has them."""
+    knobs = varied([result.point for result in results])
+    configs: dict[str, dict[str, Any]] = {}
+    rows = []
+    for result in results:
+        if result.point.name not in configs:
+            configs[result.point.name] = study.config(result.point, result.seed).flat()
+        row: dict[str, Any] = {"point": result.point.name, "seed": result.seed}
+        row |= {knob: configs[result.point.name].get(knob) for knob in knobs}
+        row |= {"status": result.status, "confirmation": str(result.confirmation).lower(), "metric": result.value}
+        row |= {name: result.number(metric) for name, metric in COLUMNS.items()}
+        rows.append(row | {"reason": result.reason, "directory": result.directory})
+    write_table(path, rows)
+
+
+def write_table(path: Path, rows: list[dict[str, Any]]) -> None:
+    """A CSV file with the columns of its first row, in one step."""
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, list(rows[0]) if rows else [], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    temporary = path.with_name(f".{path.name}.new")
+    temporary.write_text(text.getvalue(), encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def is_finished(directory: Path) -> bool:
+    """Whether the run is over: its summary says so, not the queue."""
+    return read_summary(directory).get("status") == "finished"
+
+
+def in_use(directory: Path) -> bool:
+    """Whether a process is training in the run's directory."""
+    try:
+        with open(directory / "lock") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return False
+    except OSError:
+        return True
+    return False

@@ -1,0 +1,389 @@
+"""The study file: which points are run on which seeds. Everything is checked before anything starts.
+
+    name: dropout_x_weight_decay
+    base: configs/repeated_data.yaml      # a config file, a list of them, or sections written here
+    search: grid                          # grid, list or tpe
+    space:                                # grid: knob -> values; list: a list of points; tpe: knob -> {min, max, log}
+      weight_decay: [0.1, 1]              # a knob's short name will do where only one section has it
+      residual_dropout: [0, 0.1]
+    seeds: 5
+    baseline: {weight_decay: 0.1}         # what all is compared with; {}: the base as it is
+
+A point sets knobs on top of the base. Each point is run on every seed, in runs/<study>/<point>-seed<k>/.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import Field, ValidationError, field_validator, model_validator
+
+from command_line import make, put, put_sections, read_yaml
+from config import BadInput, Config, Section
+from studies.knobs import LONGEST_NAME, full_names, name_of
+from training.run_directory import read_flat
+
+BASELINE = "baseline"
+METRICS = (
+    *(
+        f"val/{name}"
+        for name in ("loss", "perplexity", "bits_per_byte", "accuracy", "ece", "brier", "entropy", "log_z")
+    ),
+    "gap/loss",
+    "train/loss",
+)
+# Knobs that change the text or the unit in which the metric is measured.
+MEASURED_ON = {
+    *(
+        f"data.{name}"
+        for name in ("corpus", "path", "subset", "source_split", "max_documents", "document", "transform")
+    ),
+    *("data.split", "data.val_fraction", "data.test_fraction", "evaluation.max_tokens"),
+}
+UNITS = ("data.tokenizer", "data.vocab_size")
+PLACE = "\0"  # stands for the point in a message until it is known which points share the mistake
+
+
+@dataclass(frozen=True)
+class Point:
+    """What is compared: knobs by their full names, set on top of the base."""
+
+    name: str
+    knobs: dict[str, Any] = field(hash=False)
+
+    @property
+    def baseline(self) -> bool:
+        """Whether it is what all others are compared with."""
+        return self.name == BASELINE
+
+
+class Range(Section):
+    """Between which values the search chooses."""
+
+    min: float
+    max: float
+    log: bool = False
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Range:
+        if self.min >= self.max:
+            raise ValueError(f"min {self.min:g} must be below max {self.max:g}")
+        if self.log and self.min <= 0:
+            raise ValueError(f"log needs a min above 0, not {self.min:g}")
+        return self
+
+
+class Study(Section):
+    """What a study file holds."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=80)
+    """Its directory under runs/, and the group of its runs in W&B."""
+    base: dict[str, Any] | str | list[str] = Field({})
+    """What all runs share: a config file, several in order, or sections written here."""
+    search: Literal["grid", "list", "tpe"] = "grid"
+    """grid: all combinations. list: the points named. tpe: points chosen by the results of earlier ones."""
+    space: dict[str, Any] | list[dict[str, Any]]
+    """grid: knob -> values. list: points, each knob -> value, with a name if you like. tpe: knob -> {min, max, log}
+    or values."""
+    trials: int | None = Field(None, ge=1)
+    """tpe: how many points are tried."""
+    seeds: list[Annotated[int, Field(ge=0)]]
+    """Seeds of each point; a number n means 0 to n-1."""
+    baseline: dict[str, Any] = Field({})
+    """What all points are compared with."""
+    metric: str = "val/loss"
+    """What is compared: its value at the end of a run."""
+    workers: Literal["auto"] | Annotated[int, Field(ge=1, le=1024)] = "auto"
+    """Runs at a time on this machine. auto: one a GPU, or one a core."""
+    storage: str | None = Field(None, pattern=r"^(sqlite:///.|postgresql(\+psycopg)?://.)")
+    """Where the queue lives: a database URL. null: a SQLite file in the study's directory."""
+    confirm_seeds: int = Field(3, ge=0)
+    """Fresh seeds on which the winner and the baseline are run again, so that the choice does not flatter."""
+
+    @field_validator("seeds", mode="before")
+    @classmethod
+    def _seeds(cls, value: Any) -> Any:
+        seeds = list(range(value)) if isinstance(value, int) and not isinstance(value, bool) else value
+        if isinstance(seeds, list):
+            if not seeds:
+                raise ValueError("there must be at least one seed")
+            twice = sorted({str(seed) for seed in seeds if seeds.count(seed) > 1})
+            if twice:
+                raise ValueError(f"seed {', '.join(twice)} is given more than once")
+        return seeds
+
+    @field_validator("metric")
+    @classmethod
+    def _metric(cls, value: str) -> str:
+        if value in METRICS:
+            return value
+        if value.startswith("test/"):
+            raise ValueError("a study selects on val; its report gives the test")
+        near = difflib.get_close_matches(value, METRICS, 1)
+        raise ValueError(f"did you mean {near[0]}?" if near else f"must be one of {', '.join(METRICS)}")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Study:
+        if (self.search == "tpe") != (self.trials is not None):
+            raise ValueError("search: tpe needs 'trials', the number of points to try; grid and list take none")
+        kind = list if self.search == "list" else dict
+        if not isinstance(self.space, kind):
+            what = "a list of points" if kind is list else "a mapping from knobs to values"
+            raise ValueError(f"space must be {what} for search: {self.search}")
+        if not self.space:
+            raise ValueError("the space is empty: give at least one knob with its values")
+        return self
+
+    @property
+    def minimize(self) -> bool:
+        """Whether a smaller metric is the better one."""
+        return self.metric != "val/accuracy"
+
+    @property
+    def directory(self) -> Path:
+        """Where everything of the study lies."""
+        return Path(self.base_knobs[0].get("run.dir") or "runs") / self.name
+
+    def run_directory(self, point: Point, seed: int) -> Path:
+        """Where the run of ``point`` with ``seed`` lies."""
+        return self.directory / f"{point.name}-seed{seed}"
+
+    def points(self) -> list[Point]:
+        """The baseline, then all other points, none twice. tpe: those that have been started so far.
+
+        Raises BadInput with all mistakes in the space.
+        """
+        points, mistakes = self.checked_points
+        if mistakes:
+            raise BadInput("\n".join(mistakes))
+        return points + (self._found_points(points[0]) if self.search == "tpe" else [])
+
+    def config(self, point: Point, seed: int) -> Config:
+        """The config of one run."""
+        where = {"run.seed": seed, "run.name": f"{point.name}-seed{seed}", "run.dir": str(self.directory)}
+        tags = [
+            *(self.base_knobs[0].get("tracking.tags") or []),
+            *(point.name.split(",") if point.knobs else [point.name]),
+        ]
+        where |= {"tracking.group": self.name, "tracking.tags": [tag[:64] for tag in tags]}  # W&B takes no longer ones
+        return self._make(point.knobs | where, f"point {point.name}")
+
+    def ranges(self) -> dict[str, Range | list[Any]]:
+        """grid, tpe: full name of each knob -> its values, or between which they are chosen."""
+        return {
+            knob: side
+            if isinstance(side, Range)  # as numbers, where the file says 1e-3
+            else [self._make({knob: value}, "the space").flat()[knob] for value in side]
+            for knob, side in self._sides([]).items()
+        }
+
+    def warnings(self) -> list[str]:
+        """What a reader of the results should know beforehand."""
+        varied = {knob for point in self.checked_points[0] for knob in point.knobs} | set(self._sides([]))
+        found = []
+        if len(self.seeds) == 1:
+            found.append("one seed: the report can give no intervals and no ranking; give at least 'seeds: 3'")
+        if any(knob in UNITS for knob in varied) and self.metric != "val/bits_per_byte":
+            found.append(f"{self.metric} is per token and the points differ in tokens; use metric: val/bits_per_byte")
+        for knob in sorted(varied & MEASURED_ON):
+            found.append(f"{knob} changes the text on which {self.metric} is measured; the points cannot be compared")
+        return found
+
+    def resolved(self) -> dict[str, Any]:
+        """The study as a file that stands alone: the base written out."""
+        base: dict[str, dict[str, Any]] = {}
+        for key, value in self.base_knobs[0].items():
+            section, _, name = key.partition(".")
+            base.setdefault(section, {})[name] = value
+        return self.model_dump(mode="json") | {"base": base}
+
+    @cached_property
+    def base_knobs(self) -> tuple[dict[str, Any], dict[str, str], list[str]]:
+        """Values of the base by full name, the place of each, and mistakes."""
+        values: dict[str, Any] = {}
+        places: dict[str, str] = {}
+        mistakes: list[str] = []
+        if isinstance(self.base, dict):
+            mistakes = put_sections(self.base, "the base", values, places)
+        else:
+            for path in [self.base] if isinstance(self.base, str) else self.base:
+                read_yaml(path, values, places, mistakes)
+        return values, places, mistakes
+
+    def _make(self, knobs: dict[str, Any], place: str) -> Config:
+        values, places = dict(self.base_knobs[0]), dict(self.base_knobs[1])
+        mistakes = list(self.base_knobs[2])
+        for knob, value in knobs.items():
+            mistakes += put(knob, value, place, values, places)
+        return make(values, places, mistakes)
+
+    @cached_property
+    def checked_points(self) -> tuple[list[Point], list[str]]:
+        """All points that can be told beforehand, and all mistakes."""
+        mistakes: list[str] = []
+        of_base: set[str] = set()
+        try:
+            self._make({}, "")
+        except BadInput as problem:
+            of_base = set(str(problem).splitlines())
+            mistakes += str(problem).splitlines()
+        points: list[Point] = []
+        seen: set[str] = set()
+        wrong: dict[str, list[str]] = {}  # mistake -> the points that share it
+        for name, knobs in self._raw_points(mistakes):
+            try:
+                config = self._make(knobs, PLACE).flat()
+            except BadInput as problem:
+                for line in sorted(set(str(problem).splitlines()) - of_base):
+                    wrong.setdefault(line, []).append(name or name_of(knobs))
+                continue
+            identity = json.dumps(config, sort_keys=True)
+            if identity not in seen:
+                knobs = {knob: config[knob] for knob in knobs}  # as numbers, where the file says 1e-3
+                points.append(Point(name or name_of(knobs), knobs))
+            seen.add(identity)
+        for line, names in wrong.items():
+            place = f"point {names[0]}" + (f" and {len(names) - 1} more" if len(names) > 1 else "")
+            mistakes.append(line.replace(PLACE, place) if PLACE in line else f"{line} ({place})")
+        names = [point.name for point in points]
+        for name in sorted({name for name in names if names.count(name) > 1}):
+            mistakes.append(f"two points are named {name!r}; give each its own 'name:'")
+        if self.search == "tpe":  # what was built besides the baseline are only the ends of the ranges
+            points = points[:1]
+        return points, list(dict.fromkeys(mistakes))
+
+    def _raw_points(self, mistakes: list[str]) -> Iterable[tuple[str | None, dict[str, Any]]]:
+        """Name (None: made from the knobs) and knobs of every point as the file has them, the baseline first."""
+        yield BASELINE, full_names(self.baseline, "the baseline", mistakes)
+        if isinstance(self.space, list):
+            for number, entry in enumerate(self.space, 1):
+                named = entry.get("name")
+                place = f"point {number}"
+                if named is not None and (
+                    named == BASELINE or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._,=+-]{,99}", str(named))
+                ):
+                    mistakes.append(
+                        f"{place} cannot be named {named!r}: use letters, digits and . _ - = , +, "
+                        f"at most {LONGEST_NAME} of them, and not {BASELINE!r}"
+                    )
+                knobs = {knob: value for knob, value in entry.items() if knob != "name"}
+                yield named and str(named), full_names(knobs, place, mistakes)
+            return
+        sides = self._sides(mistakes)
+        if self.search == "tpe":
+            for knob, side in sides.items():
+                for value in [side.min, side.max] if isinstance(side, Range) else side:
+                    yield None, {knob: value}
+            return
+        combinations: list[dict[str, Any]] = [{}]
+        for knob, values in sides.items():
+            combinations = [combination | {knob: value} for combination in combinations for value in values]
+        yield from ((None, combination) for combination in combinations if combination)
+
+    def _sides(self, mistakes: list[str]) -> dict[str, Any]:
+        """Full name of each knob of the space -> its values, or its Range."""
+        sides: dict[str, Any] = {}
+        if isinstance(self.space, list):
+            return sides
+        for knob, side in full_names(self.space, "the space", mistakes).items():
+            if isinstance(side, list) and side:
+                if self.search == "tpe" and any(isinstance(value, (list, dict)) for value in side):
+                    mistakes.append(f"{knob} in the space: tpe chooses among single values only")
+                else:
+                    sides[knob] = side
+            elif isinstance(side, dict) and self.search == "tpe":
+                try:
+                    sides[knob] = Range.model_validate(side)
+                except ValidationError as problem:
+                    for error in problem.errors():
+                        where = "".join(f".{part}" for part in error["loc"])
+                        mistakes.append(f"{knob}{where} in the space: {error['msg'].removeprefix('Value error, ')}")
+            else:
+                way = "a list of values, as in [0, 0.1]" + (", or {min: 0, max: 1}" if self.search == "tpe" else "")
+                mistakes.append(f"{knob} in the space must have {way}, not {side!r}")
+        return sides
+
+    def _found_points(self, baseline: Point) -> list[Point]:
+        """The points that a search has started: what the config files in the study's directory say."""
+        default = Config().flat()
+        found = []
+        for path in sorted(self.directory.glob(f"*-seed{self.seeds[0]}/config.yaml")):
+            flat = default | read_flat(path)
+            knobs = {knob: flat[knob] for knob in self.ranges()}
+            if path.parent.name == f"{name_of(knobs)}-seed{self.seeds[0]}":
+                found.append(Point(name_of(knobs), knobs))
+        return found
+
+
+def confirmation_seeds(study: Study) -> list[int]:
+    """The fresh seeds of the confirmation."""
+    first = max(study.seeds) + 1
+    return list(range(first, first + study.confirm_seeds))
+
+
+def read_study(path: str, workers: str | None = None) -> Study:
+    """The study that the file at ``path`` describes, with other ``workers`` if they are given.
+
+    Raises BadInput with all mistakes in it at once.
+    """
+    try:
+        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        shipped = [str(file) for file in Path("configs/studies").rglob("*.yaml")]
+        near = difflib.get_close_matches(path, shipped, 1, 0.5)
+        raise BadInput(f"there is no study file {path!r}" + (f"; did you mean {near[0]}?" if near else "")) from None
+    except (OSError, UnicodeDecodeError) as problem:
+        raise BadInput(f"cannot read the study file {path!r}: {problem}") from None
+    except yaml.YAMLError as problem:
+        raise BadInput(f"{path} is not YAML: {' '.join(str(problem).split())}") from None
+    if not isinstance(content, dict):
+        raise BadInput(f"{path} must hold 'name:', 'base:', 'space:', 'seeds:' and so on; see configs/studies")
+    mistakes: list[str] = []
+    content |= {"workers": workers} if workers is not None else {}
+    study = _validated(content, mistakes)
+    if study is not None:
+        mistakes += study.checked_points[1]
+    if mistakes or study is None:
+        raise BadInput("\n".join(f"{path}: {mistake}" for mistake in mistakes))
+    return study
+
+
+def _validated(content: dict[str, Any], mistakes: list[str]) -> Study | None:
+    """The study without the keys that are wrong by themselves, so that its points can be checked all the same.
+
+    None when no points can be told from what is left.
+    """
+    try:
+        return Study.model_validate(content)
+    except ValidationError as problem:
+        errors = {".".join(map(str, error["loc"][:1])): error for error in problem.errors()}
+        mistakes += [_describe(key, error) for key, error in errors.items()]
+    good = {key: value for key, value in content.items() if key not in errors}
+    try:
+        return Study.model_validate({"name": "study", "seeds": [0]} | good)
+    except ValidationError:
+        return None
+
+
+def _describe(key: str, error: Any) -> str:
+    message = (
+        error["msg"].removeprefix("Value error, ").replace("Input should", "must").replace("String should", "must")
+    )
+    if not key:
+        return str(message)
+    if error["type"] == "missing":
+        return f"'{key}' is missing: {' '.join((Study.model_fields[key].description or '').split())}"
+    if error["type"] == "extra_forbidden":
+        near = difflib.get_close_matches(key, list(Study.model_fields), 1)
+        return f"unknown key {key!r}; " + (
+            f"did you mean {near[0]}?" if near else f"known: {', '.join(Study.model_fields)}"
+        )
+    return f"{key} = {error['input']!r}: {message}"

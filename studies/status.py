@@ -1,0 +1,52 @@
+"""How far a study is: what the directories of its runs say."""
+
+from __future__ import annotations
+
+from studies.results import in_use, metric_value
+from studies.runner import pairs, winner
+from studies.space import Study, confirmation_seeds
+from training.run_directory import read_summary
+
+RECENT = 10  # finished runs by which the pace is judged
+
+
+def status_lines(study: Study) -> list[str]:
+    """A table of points by seeds, the best point so far, and how long the rest will take."""
+    points, best = study.points(), winner(study)
+    seeds = [*study.seeds, *(confirmation_seeds(study) if best is not None else [])]
+    wanted = set(pairs(study))
+    if best is not None:
+        wanted |= {(point, seed) for point in (points[0], best) for seed in confirmation_seeds(study)}
+    width = max(len(point.name) for point in points)
+    lines = [f"{'':{width}}" + "".join(f"  {f'seed {seed}':>9}" for seed in seeds)]
+    counts: dict[str, int] = {}
+    ends: list[float] = []
+    for point in points:
+        cells = []
+        for seed in seeds:
+            if (point, seed) not in wanted:
+                cells.append("")
+                continue
+            directory = study.run_directory(point, seed)
+            state = read_summary(directory).get("status", "waiting")
+            if state != "finished" and in_use(directory):
+                state = "running"
+            elif state in ("running", "preempted"):  # cut off: it waits to be gone on with
+                state = "waiting"
+            counts[state] = counts.get(state, 0) + 1
+            value = metric_value(directory, study.metric) if state == "finished" else None
+            cells.append(f"{value:.4f}" if value is not None else state)
+            if state == "finished":
+                ends.append((directory / "summary.json").stat().st_mtime)
+        lines.append(f"{point.name:{width}}" + "".join(f"  {cell:>9}" for cell in cells))
+    lines += ["", ", ".join(f"{count} {state}" for state, count in sorted(counts.items())) + f" ({study.metric})"]
+    if best is not None:
+        lines.append(f"best so far       {best.name}")
+    left = sum(count for state, count in counts.items() if state in ("waiting", "running"))
+    if study.search == "tpe":
+        left += max(0, (study.trials or 0) + 1 - len(points)) * len(study.seeds)
+    recent = sorted(ends)[-RECENT:]
+    if left and len(recent) > 1:
+        minutes = left * (recent[-1] - recent[0]) / (len(recent) - 1) / 60
+        lines.append(f"time left         about {minutes:.0f} minutes at the pace of the last {len(recent)} runs")
+    return lines

@@ -1,0 +1,162 @@
+"""One worker of a study: takes tasks from the queue and trains each with train.py, until the queue is empty.
+
+A process of its own, started by runner.py, without torch. It prints one line for each run that ends.
+
+    python -m studies.worker STUDY.yaml --threads=1
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import yaml
+
+from command_line import FINISHED, PREEMPTED, run
+from config import Config
+from studies.processes import ROOT, start
+from studies.queue import HEARTBEAT, Queue, Task
+from studies.results import in_use, is_finished, metric_value
+from studies.space import Study, read_study
+from training.run_directory import read_summary, update_summary
+
+PATIENCE = 1.0  # seconds between two looks at what another worker is busy with
+
+
+class Worker:
+    """Takes tasks until none waits and none is being run, or until it is told to stop."""
+
+    def __init__(self, study: Study, threads: int) -> None:
+        self.study = study
+        self.threads = threads
+        self.queue = Queue(study)
+        self.child: subprocess.Popen[str] | None = None
+        self.told_to_stop = False
+        signal.signal(signal.SIGTERM, self._stop)
+
+    def _stop(self, *_: object) -> None:
+        self.told_to_stop = True
+        if self.child is not None:
+            self.child.terminate()  # it finishes its step, saves and leaves
+
+    def work(self) -> int:
+        """Returns the exit code."""
+        while not self.told_to_stop:
+            task = self.queue.claim()
+            if task is not None:
+                self._do(task)
+            elif self.queue.busy():  # its worker may die; then the task waits again
+                time.sleep(PATIENCE)
+            else:
+                return FINISHED
+        return PREEMPTED
+
+    def _do(self, task: Task) -> None:
+        values = []
+        for seed in task.seeds:
+            ended = self._run(task, seed)
+            if ended is None:
+                self.queue.put_back(task)
+                return
+            if not ended:
+                self.queue.tell(task, None)
+                return
+            value = metric_value(self.study.run_directory(task.point, seed), self.study.metric)
+            values.append(math.nan if value is None else value)
+        self.queue.tell(task, sum(values) / len(values))
+
+    def _run(self, task: Task, seed: int) -> bool | None:
+        """Train one run to its end, whoever began it: True, finished; False, failed; None, told to stop."""
+        directory = self.study.run_directory(task.point, seed)
+        directory.mkdir(exist_ok=True)
+        log, name, began = directory / "train.log", f"{task.point.name} seed {seed}", time.monotonic()
+        while True:
+            while in_use(directory) and not self.told_to_stop:
+                self.queue.beat(task)
+                time.sleep(PATIENCE)
+            if is_finished(directory):
+                return True
+            if self.told_to_stop:
+                return None
+            before = log.stat().st_size if log.exists() else 0
+            code = self._train(task, seed, log)
+            said = log.read_bytes()[before:].decode(errors="replace")
+            if code == FINISHED and is_finished(directory):
+                value = metric_value(directory, self.study.metric)
+                number = "no finite value" if value is None else f"{value:.4f}"
+                print(f"{name}: {self.study.metric} {number}, {time.monotonic() - began:.0f} s", flush=True)
+                return True
+            if self.told_to_stop:
+                return None
+            if (
+                code == PREEMPTED or "is in use by" in said
+            ):  # stopped by someone else, or another was faster: look again
+                continue
+            reason = reason_of(said, code)
+            if not in_use(directory):
+                update_summary(directory, status="failed", error=reason)
+            print(f"{name}: failed, {reason}; see {log}", flush=True)
+            return False
+
+    def _train(self, task: Task, seed: int, log: Path) -> int:
+        """Start train.py, give signs of life while it runs, and return its exit code."""
+        config = self.study.config(task.point, seed)
+        # A run that goes on keeps the threads it began with, since its bits depend on them.
+        threads = read_summary(log.parent).get("hardware", {}).get("threads", self.threads)
+        command = [sys.executable, str(ROOT / "train.py"), *flags(config)]
+        if config.run.threads == "auto":
+            command.append(f"--run.threads={threads}")
+        with open(log, "a") as output:
+            print("$", *command[1:], file=output, flush=True)
+            self.child = start(command, {"WANDB_JOB_TYPE": task.point.name}, stdout=output, stderr=subprocess.STDOUT)
+            if self.told_to_stop:  # between the last look and the start
+                self.child.terminate()
+            while True:
+                self.queue.beat(task)
+                try:
+                    code = self.child.wait(HEARTBEAT)
+                    break
+                except subprocess.TimeoutExpired:
+                    pass
+        self.child = None
+        return code
+
+
+def flags(config: Config) -> list[str]:
+    """The command line of a run: what differs from the defaults."""
+    default = Config().flat()
+    return [f"--{knob}={text(value)}" for knob, value in config.flat().items() if value != default[knob]]
+
+
+def text(value: object) -> str:
+    """A knob's value as the command line reads it back."""
+    if isinstance(value, str):
+        return value
+    return yaml.safe_dump(value, default_flow_style=True, width=math.inf, allow_unicode=True).splitlines()[0]
+
+
+def reason_of(said: str, code: int) -> str:
+    """Why a run failed: its last words, or how it died."""
+    if code < 0:
+        return f"killed by {signal.Signals(-code).name}"
+    lines = [line.strip() for line in said.splitlines() if line.strip() and not line.startswith("$")]
+    errors = [line for line in lines if line.startswith("error:")] or lines[-1:]
+    return errors[0].removeprefix("error: ") if errors else f"exit code {code}"
+
+
+def main(arguments: list[str]) -> int:
+    """What runner.py starts."""
+    parser = argparse.ArgumentParser("python -m studies.worker", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("study", metavar="STUDY.yaml")
+    parser.add_argument("--threads", type=int, required=True, help="CPU threads of each run")
+    options = parser.parse_args(arguments)
+    return Worker(read_study(options.study), options.threads).work()
+
+
+if __name__ == "__main__":
+    run(main)

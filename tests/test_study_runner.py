@@ -154,6 +154,7 @@ def postgresql(tmp_path: Path) -> Iterator[str]:
         shutil.rmtree(home, ignore_errors=True)
 
 
+@pytest.mark.slow
 def test_four_commands_share_a_study_over_postgresql_and_one_is_killed(tmp_path: Path, postgresql: str) -> None:
     path = write_study(tmp_path, storage=postgresql, seeds=1)
     kill_one_of_four(path, commands=4)
@@ -207,6 +208,7 @@ def test_a_failed_point_does_not_stop_the_others(tmp_path: Path) -> None:
     assert "1 finished" in words and "1 failed" in words
 
 
+@pytest.mark.slow
 def test_a_search_tries_as_many_points_as_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     space = {"weight_decay": {"min": "1e-3", "max": 10, "log": True}, "swa_every": {"min": 1, "max": 4}}
     path = write_study(tmp_path, search="tpe", trials=2, seeds=1, space=space)

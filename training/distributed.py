@@ -230,7 +230,8 @@ def explain(problem: Exception, hardware: Hardware) -> Failure | None:
         return None
     own = not (isinstance(problem, dist.DistError) or "gloo" in str(problem))
     words = str(problem).splitlines()[0] if str(problem) else ""
-    blamed = ["the process that holds the launch together (rank 0, or torchrun) is gone or hangs"]
+    # Without torchrun the store lives in rank 0, and ends with it.
+    blamed = ["rank 0, or torchrun, is gone or hangs, and with it the word of who failed; summary.json may tell"]
     told = f"failed with {type(problem).__name__}: {words}" if own else ""
     calling = Thread(target=_roll_call, args=(hardware, words, told, blamed), daemon=True)
     calling.start()
@@ -249,11 +250,7 @@ def _roll_call(hardware: Hardware, words: str, told: str, blamed: list[str]) -> 
     try:
         store.set_timeout(timedelta(seconds=SECONDS_FOR_ROLL_CALL))
         store.set(answers[hardware.rank], told)
-        if told:
-            dist.destroy_process_group()  # which wakes the others; the store, which may live here, must outlast it
-            store.wait(answers)
-            return
-        for rank, answer in enumerate(answers):
+        for rank, answer in enumerate([] if told else answers):
             try:
                 reason = store.get(answer).decode()
             except dist.DistStoreError:  # nobody wrote it
@@ -261,7 +258,7 @@ def _roll_call(hardware: Hardware, words: str, told: str, blamed: list[str]) -> 
                 reason = f"hangs: nothing came from it for {hardware.hang_timeout} s" if timed_out else "was killed"
             if reason:
                 found.append(f"rank {rank} {reason}")
-    except dist.DistError:  # the store is gone, or somebody gave no answer
+    except dist.DistError:  # the store is gone
         return
     blamed[:] = found
 

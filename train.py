@@ -54,10 +54,7 @@ def train(config: Config, directory: Path, hardware: Any) -> int:
     from data.shards import Corpus, Split
     from model.generate import sample_text
     from model.gpt import GPT
-    from randomness import seed_activations
     from regularizers.averaging import WeightAverage
-    from regularizers.inputs import draw_changes, replace_tokens
-    from regularizers.objective import objective
     from regularizers.stopping import patience_is_over
     from regularizers.weights import add_penalty_gradients, sparsity, weight_decay_at
     from training import checkpoint, distributed, run_directory
@@ -78,6 +75,7 @@ def train(config: Config, directory: Path, hardware: Any) -> int:
     )
     from training.schedule import learning_rate_ratio
     from training.spikes import is_spike
+    from training.step import differentiate
     from training.tracking import Metrics, draw, results_of, tell_results, tell_start
 
     # ---------------------------------------------------------------- the run's directory, ours alone
@@ -208,20 +206,7 @@ def train(config: Config, directory: Path, hardware: Any) -> int:
             batch = loader.batch(step, first, training.micro_size).to(hardware.device)
             samples += fingerprint(step * training.global_batch_size + first, batch.sample_ids_B)
             place = (seed, step, micro_batch)  # all that the randomness of this micro-batch depends on
-            seed_activations(*place)
-            tokens_BT = replace_tokens(batch.tokens_BT, regularizers.token_replacement, corpus.vocab_size, *place)
-            changes = draw_changes((*tokens_BT.shape, config.model.d_model), regularizers, *place, hardware.device)
-            with hardware.autocast():
-                hidden_BTD = forward(tokens_BT, batch.positions_BT, batch.documents_BT, changes=changes)
-            terms = objective(
-                hidden_BTD.flatten(0, 1).to(hardware.dtype),
-                model.output_weight,
-                batch.targets_BT.flatten(),
-                regularizers,
-                targets_in_step,
-                mixed=changes.mixed_targets(batch.targets_BT) if changes else None,
-            )
-            terms["objective"].backward()
+            terms = differentiate(batch, place, model, forward, config, targets_in_step, hardware)
             strike("gradient", step + 1, chain(terms.values(), (weight.grad for weight in model.parameters())))
             # What is summed along with the gradients: the loss terms, and whether this process was told to stop.
             told = terms["objective"].new_full((), bool(told_to_stop))

@@ -1,8 +1,13 @@
 """Measure this machine: ratios first, then times, medians with quartiles; everything also goes to a JSON file.
 
 python -m scripts.benchmark
-python -m scripts.benchmark processes --rounds 5
+python -m scripts.benchmark steps losses --rounds 5
+python -m scripts.benchmark race --text tinyshakespeare.txt
 
+steps       a training step: nothing, dropout and everything on, against a plain GPT-2 and Hugging Face's
+losses      the objective at a vocabulary of 50,257: time and memory
+pipeline    preparing a corpus, loading batches, the time to the first step
+race        the training time to nanoGPT's CPU result on tiny Shakespeare; only when asked for
 processes   what two processes, strict sums and a checkpoint cost, against a step of one process
 """
 
@@ -16,7 +21,7 @@ from typing import Any
 from command_line import FINISHED, run
 from config import BadInput
 
-PARTS = ("processes",)
+PARTS = ("steps", "losses", "pipeline", "processes", "race")
 
 
 def main(arguments: list[str]) -> int:
@@ -24,8 +29,9 @@ def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(
         "python -m scripts.benchmark", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("parts", nargs="*", metavar="PART", help="what to measure (default: all)")
+    parser.add_argument("parts", nargs="*", metavar="PART", help="what to measure (default: all but race)")
     parser.add_argument("--rounds", type=int, default=None, help="how often each is measured")
+    parser.add_argument("--text", default="tinyshakespeare.txt", help="race: the text (default: %(default)s)")
     parser.add_argument("--json", type=Path, default=Path("runs/benchmark.json"), help="default: %(default)s")
     options = parser.parse_args(arguments)
     if unknown := set(options.parts) - set(PARTS):
@@ -35,9 +41,11 @@ def main(arguments: list[str]) -> int:
 
     results: dict[str, Any] = {"versions": versions()}
     options.json.parent.mkdir(parents=True, exist_ok=True)
-    for part in options.parts or PARTS:
+    for part in options.parts or PARTS[:-1]:
         module = importlib.import_module(f"benchmarks.{part}")
-        results[part] = module.measure(**({"rounds": options.rounds} if options.rounds else {}))
+        asked = {"rounds": options.rounds} if options.rounds else {}
+        asked |= {"text": options.text} if part == "race" else {}
+        results[part] = module.measure(**asked)
         print(f"\n{part}\n" + "\n".join(module.table(results[part])), flush=True)
         write_json(options.json, results)
     print(f"\nresults           {options.json}")

@@ -4,11 +4,23 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
+import pytest
+import torch
 from conftest import ROOT
 
+from benchmarks.losses import cross_entropy, ours, plain
+from benchmarks.opponents import Shape
+from benchmarks.ours import everything_on, our_step
 from benchmarks.processes import launches, table
 from benchmarks.timing import in_turn, ratio, spread
+from command_line import parse
+from data.loader import TrainingLoader
+from data.shards import Corpus
+from training.run_directory import read_metrics, read_summary
 
 
 def test_spread_and_ratio() -> None:
@@ -42,4 +54,33 @@ def test_an_unknown_part_is_told() -> None:
     command = [sys.executable, "-m", "scripts.benchmark", "proceses"]
     ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert ended.returncode == 2
-    assert ended.stderr == "error: no part is called proceses; there are processes\n"
+    assert ended.stderr == "error: no part is called proceses; there are steps, losses, pipeline, processes, race\n"
+
+
+def test_the_step_that_is_timed_is_that_of_train_py(
+    train: Callable[..., Any], tiny: Callable[..., list[str]], tmp_path: Path
+) -> None:
+    """With everything on: the same objective at each step, to the last bit."""
+    knobs = everything_on()
+    words = {f"regularizers__{name}": value for name, value in knobs.items()}
+    words |= {"schedule__name": "constant", "schedule__warmup_steps": 0, "tracking__log_every": 1}
+    assert train(tiny(model__family="gpt2", training__max_steps=4, **words)).returncode == 0
+    run = tmp_path / "runs/tiny"
+    config = parse([str(run / "config.yaml")])
+    corpus = Corpus.open(tmp_path / read_summary(run)["corpus_directory"])
+    loader = TrainingLoader(corpus.split("train"), config.data, 0, 32, 8)
+    step = our_step(Shape(2, 32, 2, 32, 8, corpus.vocab_size), "fp32", knobs, family="gpt2")
+    batches = [loader.batch(number) for number in range(4)]
+    objectives = [step(batch.tokens_BT, batch.targets_BT) for batch in batches]
+    assert objectives == [record["train/objective"] for record in read_metrics(run)]
+
+
+def test_the_forms_of_the_objective_are_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("benchmarks.losses.VOCABULARY", 11)
+    monkeypatch.setattr("benchmarks.losses.TOKENS", 6)
+    generator = torch.Generator().manual_seed(1)
+    hidden_ND, weight_VD = (torch.randn(rows, 4, generator=generator, dtype=torch.float64) for rows in (6, 11))
+    targets_N = torch.tensor([0, 3, 10, 5, 5, 2])
+    mine, theirs = ours(hidden_ND, weight_VD, targets_N), plain(hidden_ND, weight_VD, targets_N)
+    torch.testing.assert_close(mine, theirs, rtol=1e-12, atol=0)
+    assert abs(mine - cross_entropy(hidden_ND, weight_VD, targets_N)) > 0.01

@@ -1,0 +1,125 @@
+"""A training step: ours without and with dropout and with every regularizer, a plain GPT-2's, Hugging Face's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.opponents import PlainGPT2, Shape, hugging_face, stepper
+from benchmarks.ours import DROPOUT, everything_on, our_step
+from benchmarks.timing import in_turn, ratio, spread
+
+LARGE, SMALL = Shape(6, 384, 6, 256, 8, 65), Shape(4, 128, 4, 64, 12, 65)
+PRODUCT = 2048
+Step = Callable[[Tensor, Tensor], Any]
+
+
+def steps_of(shape: Shape) -> dict[str, Step]:
+    """All that is timed on a shape, by name."""
+    fast = "bf16" if bf16_is_fast() else "fp32"
+    steps: dict[str, Step] = {f"ours {fast}, nothing on": our_step(shape, fast, {"weight_decay": 0.1})}
+    steps[f"ours {fast}, dropout 0.2"] = our_step(shape, fast, DROPOUT)
+    steps[f"ours {fast}, everything on"] = our_step(shape, fast, everything_on())
+    steps[f"ours {fast}, everything but stochastic depth"] = our_step(shape, fast, everything_on(stochastic_depth=0.0))
+    for precision in ("fp32", "bf16"):
+        for dropout in (0.0, 0.2):
+            plain = PlainGPT2(shape, dropout)
+            steps[f"plain GPT-2 {precision}, dropout {dropout:g}"] = stepper(plain, plain, precision == "bf16")
+    try:
+        import transformers  # noqa: F401
+    except ImportError:
+        return steps
+    for precision in ("fp32", "bf16"):
+        theirs = hugging_face(shape, 0.2)
+        steps[f"Hugging Face {precision}, dropout 0.2"] = stepper(
+            hugging_face_loss(theirs), theirs, precision == "bf16"
+        )
+    return steps
+
+
+def hugging_face_loss(model: Any) -> Step:
+    """The loss on targets that are shifted already, as their Trainer's shift would have it."""
+    return lambda tokens_BT, targets_BT: model(input_ids=tokens_BT, labels=targets_BT, shift_labels=targets_BT).loss
+
+
+def bf16_is_fast() -> bool:
+    """Whether ``run.precision=auto`` takes bf16 here."""
+    from training.distributed import has_fast_bf16
+
+    return has_fast_bf16("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def flops(shape: Shape) -> float:
+    """Floating-point operations of a step's products: 6·N + 12·L·d·T for each token (Chinchilla, PaLM)."""
+    parameters = 12 * shape.n_layers * shape.d_model**2 + shape.vocab_size * shape.d_model
+    return shape.tokens * (6 * parameters + 12 * shape.n_layers * shape.d_model * shape.context)
+
+
+def product(dtype: torch.dtype) -> Callable[[], object]:
+    """A product of two square matrices of PRODUCT rows, to know what the machine can do."""
+    left, right = (torch.randn(PRODUCT, PRODUCT).to(dtype) for _ in range(2))
+    return lambda: left @ right
+
+
+def repeat(step: Step, tokens_BT: Tensor, times: int) -> None:
+    """So many steps: short ones are timed together."""
+    for _ in range(times):
+        step(tokens_BT, tokens_BT)
+
+
+def measure(rounds: int = 8) -> dict[str, Any]:
+    """Seconds of each step [rounds], for both shapes; of matrix products too."""
+    results: dict[str, Any] = {}
+    for name, shape, times in (("6x384", LARGE, 1), ("4x128", SMALL, 10)):
+        generator = torch.Generator().manual_seed(0)
+        tokens_BT = torch.randint(shape.vocab_size, (shape.batch, shape.context), generator=generator)
+        works = {what: partial(repeat, step, tokens_BT, times) for what, step in steps_of(shape).items()}
+        products = {"product fp32": product(torch.float32), "product bf16": product(torch.bfloat16)}
+        seconds = in_turn(works | products, rounds)
+        results[name] = {
+            "seconds": {
+                what: [one / (times if what in works else 1) for one in all_] for what, all_ in seconds.items()
+            },
+            "tokens": shape.tokens,
+            "flops": flops(shape),
+        }
+    return results
+
+
+def table(results: dict[str, Any]) -> list[str]:
+    """The results as lines to print, ratios first."""
+    lines = []
+    for name, result in results.items():
+        seconds = result["seconds"]
+        ours, dropped, everything, without = (what for what in seconds if what.startswith("ours"))
+        lines.append(f"{name}: how many times faster ours is with dropout 0.2, then what regularization costs us")
+        others = [what for what in seconds if "dropout 0.2" in what and what != dropped]
+        pairs = [(other, dropped) for other in others]
+        pairs += [
+            (dropped, ours),
+            (everything, ours),
+            (without, ours),
+            ("plain GPT-2 fp32, dropout 0.2", "plain GPT-2 fp32, dropout 0"),
+        ]
+        for above, below in pairs:
+            middle, low, high = ratio(seconds[above], seconds[below])
+            lines.append(f"  {middle:5.2f} ({low:.2f} to {high:.2f})  {above} / {below}")
+        rates = {kind: 2 * PRODUCT**3 / spread(seconds[f"product {kind}"])[0] for kind in ("fp32", "bf16")}
+        for what, times in seconds.items():
+            if what.startswith("product"):
+                continue
+            middle, low, high = spread(times)
+            done = result["flops"] / middle
+            share = done / rates["bf16" if "bf16" in what else "fp32"]
+            lines.append(
+                f"  {1000 * middle:7.1f} ms ({1000 * low:.1f} to {1000 * high:.1f})  {what:<42} "
+                f"{result['tokens'] / middle:7,.0f} tokens/s, {share:4.0%} of a matrix product's rate"
+            )
+        lines += [
+            f"  {rate / 1e9:7.0f} GFLOP/s  a {PRODUCT} x {PRODUCT} product in {kind}" for kind, rate in rates.items()
+        ]
+    return lines

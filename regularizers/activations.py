@@ -6,11 +6,13 @@ torch's default generators, which ``randomness.seed_activations`` seeds for each
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-_SIGNED = {8: torch.int8, 16: torch.int16, 32: torch.int32}
+_SIGNED = {8: torch.int8, 16: torch.int16, 32: torch.int32, 64: torch.int64}
 
 
 def mask_rate(p: float) -> tuple[int, int, float]:
@@ -20,7 +22,7 @@ def mask_rate(p: float) -> tuple[int, int, float]:
     can be had. More bits are taken until q is within 2% of p, and 1 - q within 2% of 1 - p; q, not p, is
     what the survivors are scaled by, so the expectation is exact.
     """
-    for bits in _SIGNED:
+    for bits in (8, 16, 32):
         threshold = round(p * 2**bits)
         q = threshold / 2**bits
         if abs(q - p) <= min(p, 1 - p) / 50 and 0 < q < 1:
@@ -28,14 +30,39 @@ def mask_rate(p: float) -> tuple[int, int, float]:
     return bits, threshold, q
 
 
-def keep_mask(shape: torch.Size, p: float, device: torch.device) -> tuple[Tensor, float]:
-    """A boolean mask of ``shape`` that is False with the rate q it returns beside it (see ``mask_rate``)."""
+def keep_bits(shape: torch.Size, p: float, like: torch.dtype, device: torch.device) -> tuple[Tensor, float]:
+    """Integers as wide as a number of ``like``: 0 with the rate q returned beside them (see ``mask_rate``), else −1.
+
+    Comparing bytes and multiplying by booleans are slow on a CPU, integer arithmetic is not: t − 1 − draw is negative
+    where draw ≥ t, and its sign is spread over all bits: −1 is all ones.
+    """
     bits, threshold, q = mask_rate(p)
     count, per_draw = shape.numel(), 64 // bits
     # random_() without bounds would leave the top bit of each int64 at 0 and bias every eighth byte.
     draws = torch.empty(-(-count // per_draw), dtype=torch.int64, device=device).random_(-(2**63), None)
     values = draws.view(_SIGNED[bits])[:count].view(shape)
-    return values >= threshold - 2 ** (bits - 1), q
+    size = max(2 * bits, 8 * like.itemsize)  # wide enough for the difference and for the result
+    difference = values.to(_SIGNED[size]).neg_().add_(threshold - 2 ** (bits - 1) - 1)
+    return difference.bitwise_right_shift_(size - 1).to(_SIGNED[8 * like.itemsize]), q
+
+
+class _Drop(torch.autograd.Function):
+    """Scale, then AND with the kept bits; the same on the way back."""
+
+    @staticmethod
+    def forward(context: Any, x: Tensor, kept: Tensor, scale: float) -> Tensor:
+        context.save_for_backward(kept)
+        context.scale = scale
+        out = x * scale
+        out.view(kept.dtype).bitwise_and_(kept)
+        return out
+
+    @staticmethod
+    def backward(context: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        (kept,) = context.saved_tensors
+        gradient = gradient * context.scale
+        gradient.view(kept.dtype).bitwise_and_(kept)
+        return gradient, None, None
 
 
 class Dropout(nn.Module):
@@ -59,8 +86,9 @@ class Dropout(nn.Module):
             return x
         if x.device.type != "cpu":
             return F.dropout(x, self.p)
-        mask, q = keep_mask(x.shape, self.p, x.device)
-        return x * mask * (1 / (1 - q))
+        kept, q = keep_bits(x.shape, self.p, x.dtype, x.device)
+        out: Tensor = _Drop.apply(x, kept, 1 / (1 - q))
+        return out
 
     def extra_repr(self) -> str:
         return f"p={self.p}"

@@ -10,7 +10,7 @@ import torch
 from config import Model, Regularizers
 from model.gpt import GPT
 from randomness import seed_activations
-from regularizers.activations import Dropout, StochasticDepth, depth_rate, keep_mask, mask_rate
+from regularizers.activations import Dropout, StochasticDepth, depth_rate, keep_bits, mask_rate
 
 
 @pytest.mark.parametrize("p", [1e-6, 1e-4, 0.01, 0.05, 0.1, 0.2, 0.5, 0.9, 0.999, 0.99999])
@@ -20,11 +20,13 @@ def test_the_rate_is_near_p_and_the_scale_is_exact(p: float) -> None:
 
 
 @pytest.mark.parametrize("p", [0.01, 0.2, 0.5, 0.999])
-def test_every_byte_of_a_draw_is_fair(p: float) -> None:
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_every_byte_of_a_draw_is_fair(p: float, dtype: torch.dtype) -> None:
     """Position by position modulo 8: the top bit of each random int64 must not be stuck."""
     torch.manual_seed(3)
-    mask, q = keep_mask(torch.Size([100_000, 8]), p, torch.device("cpu"))
-    dropped = 1 - mask.double().mean(0)
+    kept, q = keep_bits(torch.Size([100_000, 8]), p, dtype, torch.device("cpu"))
+    assert kept.itemsize == dtype.itemsize and set(kept.unique().tolist()) == {0, -1}
+    dropped = 1 + kept.double().mean(0)
     assert (dropped - q).abs().max().item() < 4.5 * math.sqrt(q * (1 - q) / 100_000)
 
 

@@ -70,6 +70,12 @@ class Findings:
         """Whether the difference is in the good direction."""
         return self.study_sign * effect.difference < 0
 
+    @property
+    def leads(self) -> bool:
+        """Whether the winner did better than the baseline in the search."""
+        effect = self.effect(self.winner) if self.winner else None
+        return effect is not None and self.better(effect)
+
     def amount(self, value: float) -> str:
         """A size with its unit."""
         return f"{abs(value):.4f} {self.unit}"
@@ -104,7 +110,7 @@ def find(study: Study, results: list[Result]) -> Findings:
 
 
 def winner(study: Study, results: list[Result], search: Analysis) -> Point | None:
-    """The point, other than the baseline, with the best mean on the search's seeds: the one that the runner confirms.
+    """The point, other than the baseline, with the best mean on the search's seeds; the runner confirms it if it leads.
 
     Only points whose every run counts are candidates: what diverges on one seed is not to be recommended. While no
     point is complete those with the most runs stand in, their differences adjusted for the seeds that are missing.
@@ -186,21 +192,27 @@ def answer(findings: Findings) -> list[str]:
         ]
     name, metric = short(best.name), study.metric
     verb = "lowers" if study.minimize else "raises"
-    if findings.confirmed is not None and findings.confirmed.p is not None:
-        return answer_confirmed(findings, name, verb, effect, findings.confirmed)
-    if findings.single_seed:
-        way = "better" if findings.better(effect) else "worse"
+    more_seeds = "Give the study at least three seeds (seeds: 3); the runs there are will be kept."
+    if not findings.leads and findings.single_seed:
         return [
-            f"One seed cannot tell an effect from luck: {name} came out best, {findings.amount(effect.difference)} "
-            f"{way} than the baseline, and nothing says whether that is noise.",
-            "Give the study at least three seeds (seeds: 3); the runs there are will be kept.",
+            f"One seed cannot tell an effect from luck: no point did better than the baseline, the nearest, {name}, "
+            f"ended {findings.amount(effect.difference)} worse, and nothing says whether that is noise.",
+            more_seeds,
         ]
-    if not findings.better(effect):
+    if not findings.leads:  # whether or not it was run on fresh seeds: there is no gain to confirm
         worse = sum(other.claimed for other in findings.search.effects.values())
         return [
             f"No point did better than the baseline: the nearest, {name}, ended {findings.amount(effect.difference)} "
             f"worse ({findings.interval(effect)}).",
             f"{worse} of {len(findings.search.effects)} points are distinguishably worse; keep the baseline.",
+        ]
+    if findings.confirmed is not None and findings.confirmed.p is not None:
+        return answer_confirmed(findings, name, verb, effect, findings.confirmed)
+    if findings.single_seed:
+        return [
+            f"One seed cannot tell an effect from luck: {name} came out best, {findings.amount(effect.difference)} "
+            "better than the baseline, and nothing says whether that is noise.",
+            more_seeds,
         ]
     if effect.claimed:
         return [

@@ -20,7 +20,7 @@ from config import BadInput
 from data.prepare import prepare
 from studies import processes
 from studies.queue import Queue
-from studies.results import is_finished, metric_value
+from studies.results import collect, is_finished
 from studies.space import Point, Study, confirmation_seeds
 from training.run_directory import check_config, say
 
@@ -52,7 +52,7 @@ def run_study(study: Study) -> int:
     known = searched[: len(study.seeds)] if study.search == "tpe" else searched
     queue.fill(unfinished(study, known), study.trials or 0)
     crew.work(total - len(searched) + len(unfinished(study, searched)))
-    best = winner(study) if queue.empty() else None
+    best = to_confirm(study) if queue.empty() else None
     confirmed = [(point, seed) for point in (points[0], best) if best and point for seed in confirmation_seeds(study)]
     left = unfinished(study, confirmed)
     if left and best and not crew.told_to_stop:
@@ -80,16 +80,16 @@ def unfinished(study: Study, wanted: list[tuple[Point, int]]) -> list[tuple[Poin
     return [(point, seed) for point, seed in wanted if not is_finished(study.run_directory(point, seed))]
 
 
-def winner(study: Study) -> Point | None:
-    """The point other than the baseline whose mean metric over all seeds of the study is best; None without one."""
-    means: dict[Point, float] = {}
-    for point in study.points():
-        directories = [study.run_directory(point, seed) for seed in study.seeds]
-        values = [metric_value(path, study.metric) if is_finished(path) else None for path in directories]
-        known = [value for value in values if value is not None]
-        if not point.baseline and len(known) == len(study.seeds):
-            means[point] = sum(known) / len(known) * (1 if study.minimize else -1)
-    return min(means, key=lambda point: means[point]) if means else None
+def to_confirm(study: Study) -> Point | None:
+    """The point that is worth fresh seeds: the report's winner, if its every run counts and the baseline is beaten."""
+    from studies.findings import find  # scipy takes a moment
+
+    try:
+        findings = find(study, collect(study))
+    except BadInput:  # no run is finished
+        return None
+    best = findings.winner
+    return best if best and findings.leads and len(findings.of(best)) == len(study.seeds) else None
 
 
 def check_runs(study: Study, wanted: list[tuple[Point, int]]) -> None:

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import math
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -49,6 +50,7 @@ MEASURED_ON = {
     *("data.split", "data.val_fraction", "data.test_fraction", "evaluation.max_tokens"),
 }
 UNITS = ("data.tokenizer", "data.vocab_size")
+MOST_TRIED = 256  # combinations of a search's values that are checked beforehand
 PLACE = "\0"  # stands for the point in a message until it is known which points share the mistake
 
 
@@ -279,10 +281,10 @@ class Study(Section):
             return
         sides = self._sides(mistakes)
         if self.search == "tpe":
-            for knob, side in sides.items():
-                for value in [side.min, side.max] if isinstance(side, Range) else side:
-                    yield None, {knob: value}
-            return
+            sides = {knob: [side.min, side.max] if isinstance(side, Range) else side for knob, side in sides.items()}
+            if math.prod(map(len, sides.values())) > MOST_TRIED:  # a worker says which combinations are not possible
+                yield from ((None, {knob: value}) for knob, values in sides.items() for value in values)
+                return
         combinations: list[dict[str, Any]] = [{}]
         for knob, values in sides.items():
             combinations = [combination | {knob: value} for combination in combinations for value in values]

@@ -18,7 +18,7 @@ from pathlib import Path
 import yaml
 
 from command_line import FINISHED, PREEMPTED, run
-from config import Config
+from config import BadInput, Config
 from studies.processes import ROOT, start
 from studies.queue import HEARTBEAT, Queue, Task
 from studies.results import in_use, is_finished, metric_value
@@ -57,6 +57,12 @@ class Worker:
         return PREEMPTED
 
     def _do(self, task: Task) -> None:
+        try:
+            self.study.config(task.point, task.seeds[0])
+        except BadInput as problem:  # a search can put together what no config allows
+            print(f"{task.point.name}: not possible, {'; '.join(str(problem).splitlines())}", flush=True)
+            self.queue.tell(task, None)
+            return
         values = []
         for seed in task.seeds:
             ended = self._run(task, seed)

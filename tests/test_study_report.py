@@ -88,7 +88,7 @@ def test_the_winner_is_the_one_that_the_runner_confirms(grid: Study, tmp_path: P
     """Also when runs are missing, and when a metric is better the higher it is."""
     results = collect(grid)
     best = winner(grid, results, find(grid, results).search)
-    assert best is not None and best.name == BEST and best == runner.winner(grid)
+    assert best is not None and best.name == BEST and best == runner.to_confirm(grid)
     study = make_study(tmp_path, metric="val/accuracy")
     draw = np.random.default_rng(0)
     for point in study.points():
@@ -99,10 +99,10 @@ def test_the_winner_is_the_one_that_the_runner_confirms(grid: Study, tmp_path: P
             with open(where / "metrics.jsonl", "a") as file:
                 file.write(json.dumps(line) + "\n")
     shutil.rmtree(study.run_directory(study.points()[0], 1))
-    chosen = runner.winner(study)
+    chosen = runner.to_confirm(study)
     assert chosen is not None
     shutil.rmtree(study.run_directory(chosen, 2))  # now another one is best
-    chosen, results = runner.winner(study), collect(study)
+    chosen, results = runner.to_confirm(study), collect(study)
     assert chosen is not None and winner(study, results, find(study, results).search) == chosen
 
 
@@ -174,6 +174,19 @@ def test_a_baseline_that_is_best_stays(tmp_path: Path) -> None:
     one, two = answer(find(study, collect(study)))
     assert one.startswith("No point did better than the baseline: the nearest, residual_dropout=0.1, ended 0.0")
     assert two.startswith("2 of 2 points are distinguishably worse")
+    assert runner.to_confirm(study) is None  # its runs on fresh seeds are saved
+    page = page_of(study)
+    assert "none was run again on fresh seeds" in page and "--run.name=winner" not in page
+    write_runs(study, truth, noise=0.005, confirm=("baseline", "residual_dropout=0.1"))  # as an earlier version did
+    said = answer(find(study, collect(study)))
+    assert said[0].startswith("No point did better than the baseline") and "led the search" not in " ".join(said)
+
+
+def test_a_baseline_that_is_best_on_one_seed_is_not_called_beaten(tmp_path: Path) -> None:
+    study = make_study(tmp_path, space={"regularizers.residual_dropout": [0.1, 0.2]}, seeds=1)
+    write_runs(study, truth, noise=0.005)
+    one, _ = answer(find(study, collect(study)))
+    assert "no point did better than the baseline" in one and "came out best" not in one
 
 
 def test_one_seed_says_so_and_gives_no_interval(tmp_path: Path) -> None:

@@ -124,6 +124,10 @@ def test_all_mistakes_are_told_at_once(tmp_path: Path) -> None:
         ({"search": "tpe", "trials": 3, "space": {"lr": {"min": 2, "max": 1}}}, "min 2 must be below max 1"),
         ({"search": "tpe", "trials": 3, "space": {"lr": {"min": 0, "max": 1, "log": True}}}, "log needs a min above 0"),
         ({"search": "tpe", "trials": 3, "space": {"mlp_dropout": {"min": 0, "max": 2}}}, "must be less than 1"),
+        (
+            {"search": "tpe", "trials": 3, "space": {"ema_decay": {"min": 0.5, "max": 0.9}, "swa_start": [0.25, 0.5]}},
+            "exclude each other",
+        ),
         ({"search": "list"}, "must be a list of points"),
         ({"search": "gird"}, "'grid', 'list' or 'tpe'"),
         ({"metric": "val/los"}, "did you mean val/loss?"),

@@ -7,6 +7,7 @@ is handed out twice, because its worker seemed dead, costs a look and no run.
 from __future__ import annotations
 
 import fcntl
+import json
 import logging
 import math
 import warnings
@@ -94,31 +95,45 @@ class Queue:
     def fill(self, wanted: list[tuple[Point, int]], trials: int = 0) -> None:
         """Let the runs ``wanted`` wait, and as many searches that ``trials`` there are in all, if they do not yet.
 
-        Runs that wait and are none of the study's any more are taken out.
+        Runs that wait and are none of the study's any more, or whose point has other knobs now, are taken out.
         """
         with self.alone():
-            waiting = {key(trial): trial for trial in self._trials(TrialState.WAITING)}
-            running = {key(trial) for trial in self._trials(TrialState.RUNNING)}
-            for point, seed in wanted:
-                if (point.name, seed) not in {*waiting, *running}:
-                    self.shared.enqueue_trial({}, user_attrs={"point": point.name, "knobs": point.knobs, "seed": seed})
-            names, seeds = {point.name for point in self.study.points()}, {*self.study.seeds}
-            seeds |= {*confirmation_seeds(self.study)}
-            for place, trial in waiting.items():
-                if place is not None and (place[0] not in names or place[1] not in seeds):
+            points = {point.name: point for point in self.study.points()}
+            seeds = {*self.study.seeds, *confirmation_seeds(self.study)}
+            for trial in self._trials(TrialState.WAITING):
+                told = trial.user_attrs
+                point = points.get(told.get("point", ""))
+                gone = point is None or told["seed"] not in seeds or told["knobs"] != as_stored(point.knobs)
+                if key(trial) and gone:
                     self.storage.set_trial_state_values(trial._trial_id, TrialState.FAIL)
-            states = (TrialState.WAITING, TrialState.RUNNING, TrialState.COMPLETE)
-            for _ in range(trials - sum(key(trial) is None for trial in self._trials(*states))):
+            there = self._trials(TrialState.WAITING, TrialState.RUNNING)
+            busy = {key(trial) for trial in there}
+            # A search that has chosen its point trains it on all seeds.
+            busy |= {(trial.user_attrs.get("found"), seed) for trial in there for seed in self.study.seeds}
+            for point, seed in wanted:
+                if (point.name, seed) not in busy:
+                    self.shared.enqueue_trial({}, user_attrs={"point": point.name, "knobs": point.knobs, "seed": seed})
+            begun = [trial for trial in (*there, *self._trials(TrialState.COMPLETE)) if key(trial) is None]
+            # A search whose runs failed is none to be repeated: its point is known, and its runs are wanted.
+            failed = {trial.user_attrs.get("found") for trial in self._trials(TrialState.FAIL)}
+            failed -= {trial.user_attrs.get("found") for trial in begun}
+            for _ in range(trials - len(begun) - len(failed & {*points})):
                 self.shared.enqueue_trial({})
+
+    def searching(self) -> list[str | None]:
+        """The searches that wait or are being run: the point of each, None where it is not chosen yet."""
+        there = self._trials(TrialState.WAITING, TrialState.RUNNING)
+        return [trial.user_attrs.get("found") for trial in there if key(trial) is None]
 
     def claim(self) -> Task | None:
         """A task for this worker alone, or None when nothing waits. A dead worker's task waits again."""
         with self.alone():
             fail_stale_trials(self.shared)
+            points = {point.name: point for point in self.study.points()}
             for trial in self._trials(TrialState.WAITING):
                 self.storage.record_heartbeat(trial._trial_id)
                 if self.storage.set_trial_state_values(trial._trial_id, TrialState.RUNNING):
-                    return self._task(trial)
+                    return self._task(trial, points)
         return None
 
     def busy(self) -> int:
@@ -157,22 +172,30 @@ class Queue:
     def _trials(self, *states: TrialState) -> list[FrozenTrial]:
         return self.shared.get_trials(deepcopy=False, states=states)
 
-    def _task(self, trial: FrozenTrial) -> Task:
+    def _task(self, trial: FrozenTrial, points: dict[str, Point]) -> Task:
         told = trial.user_attrs
-        if "point" in told:
-            return Task(trial._trial_id, Point(told["point"], told["knobs"]), [told["seed"]], searched=False)
+        if "point" in told:  # by its name: what the study file says of it may have changed since
+            point = points.get(told["point"], Point(told["point"], told["knobs"]))
+            return Task(trial._trial_id, point, [told["seed"]], searched=False)
         # A searched point: what an earlier worker chose before it died is kept by the trial.
         # A seed of its own for each: workers do not draw the same, and one worker alone draws the same each time.
         self.shared.sampler = optuna.samplers.TPESampler(seed=trial.number)
         chooser = optuna.Trial(self.shared, trial._trial_id)
         knobs = {knob: choose(chooser, knob, side) for knob, side in self.study.ranges().items()}
-        return Task(trial._trial_id, Point(name_of(knobs), knobs), self.study.seeds, searched=True)
+        point = Point(name_of(knobs), knobs)
+        self.storage.set_trial_user_attr(trial._trial_id, "found", point.name)
+        return Task(trial._trial_id, point, self.study.seeds, searched=True)
 
 
 def key(trial: FrozenTrial) -> tuple[str, int] | None:
     """Point and seed of a trial; None for a searched one."""
     told = trial.user_attrs
     return (told["point"], told["seed"]) if "point" in told else None
+
+
+def as_stored(knobs: dict[str, Any]) -> Any:
+    """Knobs as the database gives them back."""
+    return json.loads(json.dumps(knobs))
 
 
 def choose(trial: optuna.Trial, knob: str, side: Range | list[Any]) -> Any:

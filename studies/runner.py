@@ -35,8 +35,8 @@ def run_study(study: Study) -> int:
     """
     points = study.points()
     searched = pairs(study)
-    total = len(searched) if study.search != "tpe" else (1 + (study.trials or 0)) * len(study.seeds)
-    print(f"{total} runs: {total // len(study.seeds)} points on {len(study.seeds)} seeds", flush=True)
+    number = max(len(points), 1 + (study.trials or 0))
+    print(f"{number * len(study.seeds)} runs: {number} points on {len(study.seeds)} seeds", flush=True)
     for warning in study.warnings():
         say(warning)
     check_runs(study, searched)
@@ -48,11 +48,12 @@ def run_study(study: Study) -> int:
     file.write_text(yaml.safe_dump(study.resolved(), sort_keys=False, allow_unicode=True))
 
     crew = Crew(study, file)
-    # tpe: what it searches is known by number only, the baseline by name.
-    known = searched[: len(study.seeds)] if study.search == "tpe" else searched
-    queue.fill(unfinished(study, known), study.trials or 0)
-    crew.work(total - len(searched) + len(unfinished(study, searched)))
-    best = to_confirm(study) if queue.empty() else None
+    queue.fill(unfinished(study, searched), study.trials or 0)
+    # A point that is not chosen yet has no run that could be unfinished.
+    crew.work(len(unfinished(study, searched)) + queue.searching().count(None) * len(study.seeds))
+    # The queue need not be empty: another command may have put the confirmation there already.
+    searched_all = queue.empty() or not (unfinished(study, pairs(study)) or queue.searching())
+    best = to_confirm(study) if searched_all else None
     confirmed = [(point, seed) for point in (points[0], best) if best and point for seed in confirmation_seeds(study)]
     left = unfinished(study, confirmed)
     if left and best and not crew.told_to_stop:

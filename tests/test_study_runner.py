@@ -17,10 +17,11 @@ from typing import Any
 import pytest
 import yaml
 from conftest import ROOT, TINY, made_up_text
+from made_up_study import write_run
 
 from studies.queue import Queue
-from studies.runner import to_confirm
-from studies.space import read_study
+from studies.runner import pairs, to_confirm, unfinished
+from studies.space import Study, read_study
 from studies.worker import Worker
 from training.run_directory import read_summary
 
@@ -254,6 +255,72 @@ def test_the_queue_hands_each_task_out_once_and_again_when_its_worker_is_silent(
     Queue(fewer).fill([(point, 0) for point in fewer.points()])
     left = [one.claim() for _ in range(3)]
     assert sorted(task.seeds[0] for task in left if task) == [0, 0]  # what the study has no more is taken out
+
+
+def test_what_waits_is_trained_with_the_knobs_that_the_study_file_has_now(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+
+    def study(decay: float, baseline: float) -> Study:
+        space = [{"name": "heavy", "weight_decay": decay}]
+        values = {"search": "list", "space": space, "baseline": {"weight_decay": baseline}, "seeds": 1}
+        return read_study(str(write_study(tmp_path, **values)))
+
+    def tasks(of: Study) -> list[tuple[str, dict[str, Any]]]:
+        queue = Queue(of)
+        queue.fill([(point, 0) for point in of.points()])
+        claimed = []
+        while (task := queue.claim()) is not None:
+            claimed.append(task)
+        for task in claimed:
+            queue.put_back(task)
+        return sorted((task.point.name, task.point.knobs) for task in claimed)
+
+    knob = "regularizers.weight_decay"
+    assert tasks(study(1, 0.1)) == [("baseline", {knob: 0.1}), ("heavy", {knob: 1.0})]
+    edited = study(2, 0.2)
+    assert [task.point.knobs[knob] for _ in range(2) if (task := Queue(edited).claim())] == [0.2, 2.0]  # not refilled
+    edited = study(3, 0.3)
+    assert tasks(edited) == []  # they are being trained
+    shutil.rmtree(tmp_path / "runs")
+    tasks(study(1, 0.1))
+    assert tasks(edited) == [("baseline", {knob: 0.3}), ("heavy", {knob: 3.0})]
+
+
+def test_a_search_is_extended_by_seeds_and_repeats_what_failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+    def study(**changes: Any) -> Study:
+        space = {"weight_decay": {"min": 0.5, "max": 2}}
+        return read_study(str(write_study(tmp_path, search="tpe", space=space, **changes)))
+
+    def fill(of: Study) -> Queue:
+        queue = Queue(of)
+        queue.fill(unfinished(of, pairs(of)), of.trials or 0)
+        return queue
+
+    one = study(trials=2, seeds=1)
+    queue = fill(one)
+    tasks = [task for _ in range(3) if (task := queue.claim())]
+    found = [task.point for task in tasks if task.searched]
+    for task in tasks:
+        write_run(one, task.point, 0, 4.0, status="failed" if task.point == found[1] else "finished")
+        queue.tell(task, None if task.point == found[1] else 4.0)
+    assert len(found) == 2 and queue.empty()
+    queue = fill(one)  # the failed run, and no third search
+    task = queue.claim()
+    assert task is not None and (task.point, task.seeds) == (found[1], [0]) and queue.claim() is None
+    queue.tell(task, None)
+    queue = fill(study(trials=3, seeds=2))
+    tasks = [task for _ in range(9) if (task := queue.claim())]
+    named = sorted((task.point.name, task.seeds[0]) for task in tasks if not task.searched)
+    assert named == sorted([("baseline", 1), (found[0].name, 1), (found[1].name, 0), (found[1].name, 1)])
+    searches = [task for task in tasks if task.searched]
+    assert [task.seeds for task in searches] == [[0, 1]] and queue.searching() == [searches[0].point.name]
+    write_run(one, searches[0].point, 0, 4.0, status="running")  # a point whose search trains it is not handed out twice
+    fill(study(trials=3, seeds=2))
+    assert queue.claim() is None
 
 
 def test_a_combination_that_no_config_allows_costs_its_own_trial_only(

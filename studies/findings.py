@@ -222,11 +222,8 @@ def answer(findings: Findings) -> list[str]:
             "points), but it was chosen on these very seeds, which flatters it, and has not been confirmed on fresh "
             "ones.",
         ]
-    return [
-        nothing(findings),
-        f"The best, {name}, leads by {findings.amount(effect.difference)} ({findings.interval(effect)}); "
-        f"{planning(findings, effect)}",
-    ]
+    lead = f"The best, {name}, leads by {findings.amount(effect.difference)} ({findings.interval(effect)})."
+    return [nothing(findings), f"{lead}{planning(findings, effect)}"]
 
 
 def answer_confirmed(findings: Findings, name: str, verb: str, effect: Effect, confirmed: Effect) -> list[str]:
@@ -247,40 +244,49 @@ def answer_confirmed(findings: Findings, name: str, verb: str, effect: Effect, c
             f"({findings.interval(confirmed)}).",
             f"This was measured on {seeds} on which nothing was chosen ({chance(confirmed.p)}; {searched}){test}.",
         ]
-    way = "better" if findings.better(confirmed) else "worse"
+    way, more = "worse", ""
+    if findings.better(confirmed):  # what the search showed is flattered, so that it plans nothing
+        way, more = "better", planning(findings, confirmed)
     return [
         nothing(findings) if not sure else f"{name} won the search but does not help.",
         f"{name} led the search by {findings.amount(effect.difference)}; on {seeds} it is "
-        f"{abs(confirmed.difference):.4f} {way} than the baseline ({findings.interval(confirmed)}). "
-        + sentence_case(planning(findings, effect)),
+        f"{abs(confirmed.difference):.4f} {way} than the baseline ({findings.interval(confirmed)}).{more}",
     ]
 
 
 def nothing(findings: Findings) -> str:
-    """The sentence of a study that found nothing; it may still have found harm."""
+    """The sentence of a study that shows no gain; the search may have found harm, or a gain that was not confirmed."""
     worse = [effect for effect in findings.search.effects.values() if effect.claimed and not findings.better(effect)]
     smallest, sd = findings.search.smallest, findings.search.noise.sd
     some = f" ({len(worse)} of {len(findings.search.effects)} points are distinguishably worse)" if worse else ""
-    if sd is None or smallest is None:
-        return "No gain here is distinguishable from noise."
-    return (
-        f"No gain here is distinguishable from noise{some}: runs differ by {sd:.4f} {findings.unit} "
-        f"(standard deviation) from luck alone, and this study sees true differences from {smallest:.4f} on."
-    )
-
-
-def sentence_case(text: str) -> str:
-    """The text with a capital first letter, the rest as it is."""
-    return text[:1].upper() + text[1:]
+    gained = [point for point in findings.ranked() if (effect := findings.effect(point)) and effect.claimed]
+    gained = [point for point in gained if findings.better(findings.search.effects[point.name])]
+    if gained:
+        point = findings.winner if findings.winner in gained else gained[0]
+        effect, name = findings.search.effects[point.name], short(point.name)
+        fate = "but it has not been run on fresh seeds"
+        if point == findings.winner and findings.confirmed is not None:
+            count = findings.confirmed.seeds
+            fate = f"but that was not confirmed on {count} fresh seed" + ("s" if count > 1 else "")
+        sure = f"{chance(effect.adjusted_p)}, adjusted for {len(findings.search.effects)} points"
+        return f"{name} did better than the baseline in the search ({sure}), {fate}."
+    if sd is None:
+        return f"No gain here is distinguishable from noise{some}."
+    luck = f"runs differ by {sd:.4f} {findings.unit} (standard deviation) from luck alone"
+    if smallest is not None:
+        luck += f", and this study sees true differences from {smallest:.4f} on"
+    return f"No gain here is distinguishable from noise{some}: {luck}."
 
 
 def planning(findings: Findings, effect: Effect) -> str:
-    """How many seeds would settle an effect of the size seen."""
+    """A sentence on how many seeds would settle an effect of this size; empty where the common noise says nothing."""
     if findings.search.noise.sd is None:
-        return "the search needs at least three seeds to tell more."
+        return " The search needs at least three seeds to tell more."
+    if findings.search.smallest is None:
+        return ""
     needed = seeds_needed(effect.difference, findings.search.noise.sd, len(findings.search.effects))
     count = "more than 10,000" if needed is None else f"about {needed:,}"
-    return f"to see an effect of this size a study like this needs {count} seeds."
+    return f" To see a true difference of {abs(effect.difference):.4f} a study like this needs {count} seeds."
 
 
 def cautions(findings: Findings) -> list[str]:
@@ -294,10 +300,12 @@ def cautions(findings: Findings) -> list[str]:
         lines.append(f"{len(failed)} of {len(results)} runs failed ({names}); they are listed below with their reason")
     if open_ones:
         lines.append(f"{len(open_ones)} of {len(results)} runs are not finished; the numbers will still move")
-    for name in findings.search.uneven:
+    if findings.search.uneven:
+        names = "; ".join(map(short, findings.search.uneven))
         lines.append(
-            f"{short(name)} is far noisier than the others (a seed may have diverged): it is kept out of the common "
-            "noise, and compared by its own runs alone"
+            f"more varied from seed to seed than the other points: {names} (weak regularizers follow the baseline's "
+            "run closely and these do not; a seed that diverged is another reason); they are kept out of the common "
+            "noise, and compared by their own and the baseline's runs alone"
         )
     if findings.winner is not None and not findings.single_seed:
         effect = findings.effect(findings.winner)

@@ -261,7 +261,7 @@ def render(findings: Findings, drawn: dict[str, Picture]) -> str:
     fresh = bool(findings.winner and findings.of(findings.winner, True) and findings.of(findings.points[0], True))
     best = findings.effect(findings.winner) if findings.winner else None
     sizes: dict[str, float] = {}
-    if search.noise.sd and best is not None:
+    if search.noise.sd and search.smallest is not None and best is not None:
         sizes = {"the best point's, as seen": abs(best.difference), "the noise of one run": search.noise.sd}
         sizes["half that noise"] = search.noise.sd / 2
     return environment.get_template("report.html.jinja").render(

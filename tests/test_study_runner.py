@@ -165,9 +165,10 @@ def test_four_commands_share_a_study_over_postgresql_and_one_is_killed(tmp_path:
 
 def test_stopped_gone_on_with_and_extended(tmp_path: Path) -> None:
     path = write_study(tmp_path)
-    base = yaml.safe_load(path.read_text())["base"]
+    short = path.read_text()
+    base = yaml.safe_load(short)["base"]
     base["training"]["max_steps"] = 200
-    longer = {"base": base, "space": {"weight_decay": [1]}}
+    longer = {"base": base, "space": {"weight_decay": [0.1]}, "baseline": {"weight_decay": 1}}  # which is too much
     path = write_study(tmp_path, **longer, seeds=1)
     command = start(path)
     first = tmp_path / "runs/s/baseline-seed0"
@@ -182,7 +183,7 @@ def test_stopped_gone_on_with_and_extended(tmp_path: Path) -> None:
     code, words = finish(path)
     assert code == 0 and "no intervals" in words and "fresh seeds" in words, words
     assert "goes on from step" in (first / "train.log").read_text()
-    names = ["baseline-seed0", "baseline-seed1", "weight_decay=1-seed0", "weight_decay=1-seed1"]
+    names = ["baseline-seed0", "baseline-seed1", "weight_decay=0.1-seed0", "weight_decay=0.1-seed1"]
     assert trained_to_the_end(tmp_path) == dict.fromkeys(names, 1)
     path = write_study(tmp_path, **longer, seeds=2)  # the confirmation's runs are those of the new seed
     code, words = finish(path)
@@ -192,7 +193,7 @@ def test_stopped_gone_on_with_and_extended(tmp_path: Path) -> None:
     assert code == 0 and "4 finished" in words and "best so far" in words, words
 
     # Another base under the same name is refused before anything is touched.
-    code, words = finish(write_study(tmp_path, space={"weight_decay": [1]}))
+    code, words = finish(write_study(tmp_path, **longer | {"base": yaml.safe_load(short)["base"]}))
     assert code == 2 and "training.max_steps: the run has 200, asked for is 40" in words, words
     assert "Traceback" not in words and trained_to_the_end(tmp_path) == dict.fromkeys(names, 1)
 

@@ -174,6 +174,11 @@ def number(value: float) -> str:
     return f"{value:.4f}".replace("-", "−")
 
 
+def counted(count: int, what: str) -> str:
+    """So many of them, in words."""
+    return f"{count} {what}" + ("" if count == 1 else "s")
+
+
 def chance(p: float | None) -> str:
     """A p value in words that do not pretend to more than it has."""
     if p is None:
@@ -218,8 +223,8 @@ def answer(findings: Findings) -> list[str]:
         return [
             f"{name} {verb} {metric} by {findings.amount(effect.difference)} against the baseline "
             f"({findings.interval(effect)}).",
-            f"That is more than noise ({chance(effect.adjusted_p)}, adjusted for {len(findings.search.effects)} "
-            "points), but it was chosen on these very seeds, which flatters it, and has not been confirmed on fresh "
+            f"That is more than noise ({chance(effect.adjusted_p)}, adjusted for "
+            f"{counted(len(findings.search.effects), 'point')}), but it was chosen on these very seeds, which flatters it, and has not been confirmed on fresh "
             "ones.",
         ]
     lead = f"The best, {name}, leads by {findings.amount(effect.difference)} ({findings.interval(effect)})."
@@ -228,8 +233,8 @@ def answer(findings: Findings) -> list[str]:
 
 def answer_confirmed(findings: Findings, name: str, verb: str, effect: Effect, confirmed: Effect) -> list[str]:
     """The two sentences when the winner was run again on fresh seeds."""
-    seeds = f"{confirmed.seeds} fresh seed" + ("s" if confirmed.seeds > 1 else "")
-    searched = f"{chance(effect.adjusted_p)} in the search, adjusted for {len(findings.search.effects)} points"
+    seeds = counted(confirmed.seeds, "fresh seed")
+    searched = f"{chance(effect.adjusted_p)} in the search, adjusted for {counted(len(findings.search.effects), 'point')}"
     if findings.single_seed:
         searched = "the search had one seed and could not tell"
     sure = confirmed.p is not None and confirmed.p < 1 - CONFIDENCE
@@ -266,9 +271,8 @@ def nothing(findings: Findings) -> str:
         effect, name = findings.search.effects[point.name], short(point.name)
         fate = "but it has not been run on fresh seeds"
         if point == findings.winner and findings.confirmed is not None:
-            count = findings.confirmed.seeds
-            fate = f"but that was not confirmed on {count} fresh seed" + ("s" if count > 1 else "")
-        sure = f"{chance(effect.adjusted_p)}, adjusted for {len(findings.search.effects)} points"
+            fate = f"but that was not confirmed on {counted(findings.confirmed.seeds, 'fresh seed')}"
+        sure = f"{chance(effect.adjusted_p)}, adjusted for {counted(len(findings.search.effects), 'point')}"
         return f"{name} did better than the baseline in the search ({sure}), {fate}."
     if sd is None:
         return f"No gain here is distinguishable from noise{some}."

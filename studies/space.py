@@ -171,6 +171,7 @@ class Study(Section):
     def config(self, point: Point, seed: int) -> Config:
         """The config of one run."""
         where = {"run.seed": seed, "run.name": f"{point.name}-seed{seed}", "run.dir": str(self.directory)}
+        where |= {"run.resume": "auto"}  # a base that never resumes is meant for a run of its own
         tags = [
             *(self.base_knobs[0].get("tracking.tags") or []),
             *(point.name.split(",") if point.knobs else [point.name]),

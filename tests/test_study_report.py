@@ -71,6 +71,10 @@ def test_the_value_is_the_last_of_averaged_weights_and_of_the_restored_step(tmp_
     assert run(lines, stopped_early=True, **{"best/step": 2}) == 2.0
     averaged = [record | {"val_average/loss": record["val/loss"] - 1} for record in lines[:3]]
     assert run(averaged) == 1.5
+    # Stopped before the average began: its best step has the raw value alone.
+    late = [*lines[:2], averaged[2]]
+    assert run(late) == 1.5 and run(late, stopped_early=True, **{"best/step": 2}) == 2.0
+    assert run([*late, {"step": 5, "val/loss": 2.0, "val_average/loss": None}]) is None
     assert run([]) is None
     assert metric_value(tmp_path / "nowhere", "val/loss") is None
 
@@ -189,7 +193,7 @@ def test_a_gain_of_the_search_that_is_not_confirmed_is_said(tmp_path: Path) -> N
     findings = find(study := ends_study(tmp_path, ends), collect(study))
     assert findings.search.effects["good"].claimed
     one, two = answer(findings)
-    assert re.match(r"good did better than the baseline in the search \(p .*, adjusted for 1 points?\), but", one), one
+    assert re.match(r"good did better than the baseline in the search \(p .*, adjusted for 1 point\), but", one), one
     assert one.endswith("that was not confirmed on 3 fresh seeds.") and "led the search by 0.1" in two
 
 

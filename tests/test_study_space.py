@@ -57,13 +57,14 @@ def test_a_list_is_its_points_under_their_names() -> None:
 
 
 def test_the_config_of_a_run() -> None:
-    of = study(base={"run": {"dir": "elsewhere"}, "training": {"max_epochs": 2}}, space={"max_steps": [5]}, seeds=[7])
+    of = study(base={"run": {"dir": "elsewhere", "resume": "never"}, "training": {"max_epochs": 2}}, space={"max_steps": [5]}, seeds=[7])
     config = of.config(of.points()[1], 7)
     assert (config.training.max_steps, config.training.max_epochs) == (
         5,
         None,
     )  # the point's length replaces the base's
     assert (config.run.seed, config.run.dir, config.run.name) == (7, "elsewhere/s", "max_steps=5-seed7")
+    assert config.run.resume == "auto"  # else a run that is gone on with would begin anew
     assert of.run_directory(of.points()[1], 7) == Path("elsewhere/s/max_steps=5-seed7")
     assert (config.tracking.group, config.tracking.tags) == ("s", ["max_steps=5"])
     assert parse(flags(config)) == config

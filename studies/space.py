@@ -41,13 +41,11 @@ METRICS = (
     "gap/loss",
     "train/loss",
 )
-# Knobs that change the text or the unit in which the metric is measured.
+# Knobs that change the text, or what a token sees of it, or the unit in which the metric is measured.
 MEASURED_ON = {
-    *(
-        f"data.{name}"
-        for name in ("corpus", "path", "subset", "source_split", "max_documents", "document", "transform")
-    ),
-    *("data.split", "data.val_fraction", "data.test_fraction", "evaluation.max_tokens"),
+    *(f"data.{name}" for name in ("corpus", "path", "subset", "source_split", "text_field", "document", "transform")),
+    *(f"data.{name}" for name in ("max_documents", "split", "val_fraction", "test_fraction", "isolate_documents")),
+    "evaluation.max_tokens",
 }
 UNITS = ("data.tokenizer", "data.vocab_size")
 MOST_TRIED = 256  # combinations of a search's values that are checked beforehand
@@ -197,7 +195,7 @@ class Study(Section):
         if any(knob in UNITS for knob in varied) and self.metric != "val/bits_per_byte":
             found.append(f"{self.metric} is per token and the points differ in tokens; use metric: val/bits_per_byte")
         for knob in sorted(varied & MEASURED_ON):
-            found.append(f"{knob} changes the text on which {self.metric} is measured; the points cannot be compared")
+            found.append(f"{knob} changes what {self.metric} is measured on; the points cannot be compared")
         return found
 
     def resolved(self) -> dict[str, Any]:
@@ -389,4 +387,5 @@ def _describe(key: str, error: Any) -> str:
         return f"unknown key {key!r}; " + (
             f"did you mean {near[0]}?" if near else f"known: {', '.join(Study.model_fields)}"
         )
-    return f"{key} = {error['input']!r}: {message}"
+    given = repr(error["input"])
+    return f"{key} = {re.sub('//.*@', '//...@', given) if key == 'storage' else given}: {message}"

@@ -57,7 +57,8 @@ def test_a_list_is_its_points_under_their_names() -> None:
 
 
 def test_the_config_of_a_run() -> None:
-    of = study(base={"run": {"dir": "elsewhere", "resume": "never"}, "training": {"max_epochs": 2}}, space={"max_steps": [5]}, seeds=[7])
+    base = {"run": {"dir": "elsewhere", "resume": "never"}, "training": {"max_epochs": 2}}
+    of = study(base=base, space={"max_steps": [5]}, seeds=[7])
     config = of.config(of.points()[1], 7)
     assert (config.training.max_steps, config.training.max_epochs) == (
         5,
@@ -134,6 +135,7 @@ def test_all_mistakes_are_told_at_once(tmp_path: Path) -> None:
         ({"metric": "val/los"}, "did you mean val/loss?"),
         ({"metric": "test/loss"}, "selects on val"),
         ({"storage": "mysql://x"}, "storage = 'mysql://x'"),
+        ({"storage": "mysql://me:secret@x"}, "storage = 'mysql://...@x'"),
         ({"base": "configs/nope.yaml"}, "there is no config file"),
         ({"baseline": {"ema_decay": 0.9, "swa_start": 0.5}}, "exclude each other"),
     ],
@@ -156,7 +158,8 @@ def test_a_mistake_exits_with_2_and_no_traceback(tmp_path: Path) -> None:
 
 def test_what_cannot_be_compared_is_warned_of() -> None:
     assert "val/bits_per_byte" in study(space={"vocab_size": [1000, 2000]}).warnings()[0]
-    assert "changes the text" in study(space={"val_fraction": [0.1, 0.2]}).warnings()[0]
+    for space in ({"val_fraction": [0.1, 0.2]}, {"isolate_documents": [True]}, {"text_field": ["text", "title"]}):
+        assert "changes what val/loss is measured on" in study(space=space).warnings()[0]
 
 
 def test_a_resolved_study_stands_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

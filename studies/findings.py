@@ -186,6 +186,11 @@ def chance(p: float | None) -> str:
     return "p < 0.001" if p < 0.001 else f"p = {p:.2g}"
 
 
+def adjusted(findings: Findings, effect: Effect, where: str = "") -> str:
+    """How sure an effect of the search is with all points considered."""
+    return f"{chance(effect.adjusted_p)}{where}, adjusted for {counted(len(findings.search.effects), 'point')}"
+
+
 def answer(findings: Findings) -> list[str]:
     """What helps, by how much and how sure, in two sentences."""
     best, study = findings.winner, findings.study
@@ -223,9 +228,8 @@ def answer(findings: Findings) -> list[str]:
         return [
             f"{name} {verb} {metric} by {findings.amount(effect.difference)} against the baseline "
             f"({findings.interval(effect)}).",
-            f"That is more than noise ({chance(effect.adjusted_p)}, adjusted for "
-            f"{counted(len(findings.search.effects), 'point')}), but it was chosen on these very seeds, which flatters it, and has not been confirmed on fresh "
-            "ones.",
+            f"That is more than noise ({adjusted(findings, effect)}), but it was chosen on these very seeds, which "
+            "flatters it, and has not been confirmed on fresh ones.",
         ]
     lead = f"The best, {name}, leads by {findings.amount(effect.difference)} ({findings.interval(effect)})."
     return [nothing(findings), f"{lead}{planning(findings, effect)}"]
@@ -234,7 +238,7 @@ def answer(findings: Findings) -> list[str]:
 def answer_confirmed(findings: Findings, name: str, verb: str, effect: Effect, confirmed: Effect) -> list[str]:
     """The two sentences when the winner was run again on fresh seeds."""
     seeds = counted(confirmed.seeds, "fresh seed")
-    searched = f"{chance(effect.adjusted_p)} in the search, adjusted for {counted(len(findings.search.effects), 'point')}"
+    searched = adjusted(findings, effect, " in the search")
     if findings.single_seed:
         searched = "the search had one seed and could not tell"
     sure = confirmed.p is not None and confirmed.p < 1 - CONFIDENCE
@@ -272,7 +276,7 @@ def nothing(findings: Findings) -> str:
         fate = "but it has not been run on fresh seeds"
         if point == findings.winner and findings.confirmed is not None:
             fate = f"but that was not confirmed on {counted(findings.confirmed.seeds, 'fresh seed')}"
-        sure = f"{chance(effect.adjusted_p)}, adjusted for {counted(len(findings.search.effects), 'point')}"
+        sure = adjusted(findings, effect)
         return f"{name} did better than the baseline in the search ({sure}), {fate}."
     if sd is None:
         return f"No gain here is distinguishable from noise{some}."

@@ -10,6 +10,7 @@ import csv
 import fcntl
 import io
 import os
+import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -159,8 +160,13 @@ def write_table(path: Path, rows: list[dict[str, Any]]) -> None:
     writer = csv.DictWriter(text, list(rows[0]) if rows else [], lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
-    temporary = path.with_name(f".{path.name}.new")
-    temporary.write_text(text.getvalue(), encoding="utf-8")
+    replace_file(path, text.getvalue())
+
+
+def replace_file(path: Path, text: str) -> None:
+    """Write a text in one step, so that a reader finds the old or the new one; of several writers the last wins."""
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.new")
+    temporary.write_text(text, encoding="utf-8")
     os.replace(temporary, path)
 
 

@@ -20,8 +20,9 @@ from config import BadInput
 from data.prepare import prepare
 from studies import processes
 from studies.queue import Queue
-from studies.results import collect, is_finished
+from studies.results import collect, is_finished, replace_file
 from studies.space import Point, Study, confirmation_seeds
+from studies.storage import storage_url, without_password
 from training.run_directory import check_config, say
 
 SHOWN = 5  # of many mistakes of one kind
@@ -45,9 +46,12 @@ def run_study(study: Study) -> int:
         prepare(data)  # once, not by every worker
     queue = Queue(study)
     file = study.directory / "study.yaml"
-    file.write_text(yaml.safe_dump(study.resolved(), sort_keys=False, allow_unicode=True))
+    shown, password = without_password(storage_url(study))
+    # Others may read the file: the workers get the password by their environment.
+    stored = study.resolved() | ({"storage": shown} if study.storage else {})
+    replace_file(file, yaml.safe_dump(stored, sort_keys=False, allow_unicode=True))
 
-    crew = Crew(study, file)
+    crew = Crew(study, file, {} if password is None else {"PGPASSWORD": password})
     queue.fill(unfinished(study, searched), study.trials or 0)
     # A point that is not chosen yet has no run that could be unfinished.
     crew.work(len(unfinished(study, searched)) + queue.searching().count(None) * len(study.seeds))
@@ -113,9 +117,10 @@ def check_runs(study: Study, wanted: list[tuple[Point, int]]) -> None:
 class Crew:
     """The workers of this machine, what they say, and the signals passed on to them."""
 
-    def __init__(self, study: Study, file: Path) -> None:
+    def __init__(self, study: Study, file: Path, environment: dict[str, str]) -> None:
         self.study = study
         self.file = file
+        self.environment = environment
         self.workers: list[subprocess.Popen[str]] = []
         self.told_to_stop = False
         signal.signal(signal.SIGTERM, self._stop)
@@ -140,7 +145,7 @@ class Crew:
         command = [sys.executable, "-m", "studies.worker", str(self.file)]
         command.append(f"--threads={max(1, processes.cores() // number)}")
         paths = filter(None, [str(processes.ROOT), os.environ.get("PYTHONPATH")])
-        environment = {"PYTHONPATH": os.pathsep.join(paths)}
+        environment = self.environment | {"PYTHONPATH": os.pathsep.join(paths)}
         print(f"{left} runs to go, {number} at a time, in {self.study.directory}", flush=True)
         read, write = os.pipe()
         before, began = self._finished(), time.monotonic()

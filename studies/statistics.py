@@ -75,7 +75,10 @@ class Analysis:
 
     @property
     def smallest(self) -> float | None:
-        """The smallest true difference that a study like this finds with 80% power.\n\n        None without an error, and when no point is compared by the common noise (the baseline has its own).\n        """
+        """The smallest true difference that a study like this finds with 80% power.
+
+        None without an error, and when no point is compared by the common noise (the baseline has its own).
+        """
         if self.noise.sd is None or not any(effect.pooled for effect in self.effects.values()):
             return None
         seeds = max(effect.seeds for effect in self.effects.values())

@@ -50,7 +50,7 @@ class Worker:
             task = self.queue.claim()
             if task is not None:
                 self._do(task)
-            elif self.queue.busy():  # its worker may die; then the task waits again
+            elif not self.queue.empty():  # a task that is being run waits again when its worker dies
                 time.sleep(PATIENCE)
             else:
                 return FINISHED

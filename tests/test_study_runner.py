@@ -17,12 +17,11 @@ from typing import Any
 import pytest
 import yaml
 from conftest import ROOT, TINY, made_up_text
-from made_up_study import write_run
+from made_up_study import make_study, write_runs
 
 from studies.queue import Queue
-from studies.runner import pairs, to_confirm, unfinished
-from studies.space import Study, read_study
-from studies.worker import Worker
+from studies.runner import run_study, to_confirm
+from studies.space import confirmation_seeds, read_study
 from training.run_directory import read_summary
 
 PATIENCE = 150  # seconds that anything here may take on a busy machine
@@ -226,118 +225,19 @@ def test_a_search_tries_as_many_points_as_asked(tmp_path: Path, monkeypatch: pyt
     assert finish(path)[0] == 0 and trained_to_the_end(tmp_path) == ends  # and none more when started again
 
 
-def test_the_queue_hands_each_task_out_once_and_again_when_its_worker_is_silent(
+def test_the_confirmation_that_another_command_began_is_gone_on_with(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("studies.queue.GRACE", 1)
-    monkeypatch.chdir(tmp_path)
-    study = read_study(str(write_study(tmp_path)))
-    wanted = [(point, seed) for point in study.points() for seed in study.seeds]
-    one, other = Queue(study), Queue(study)
-    one.fill(wanted)
-    other.fill(wanted)
-    claimed = [queue.claim() for queue in (one, other, one, other)]
-    assert sorted((task.point.name, task.seeds[0]) for task in claimed if task) == [
-        (point.name, seed) for point, seed in wanted
-    ]
-    assert one.claim() is None and one.busy() == 4
-    silent, *alive = [task for task in claimed if task]
-    for _ in range(6):
-        time.sleep(0.5)
-        for task in alive:
-            one.beat(task)
-    again = other.claim()
-    assert again is not None and (again.point, again.seeds) == (silent.point, silent.seeds) and other.claim() is None
-    one.tell(silent, 1.0)  # it was not dead after all
-    for task in (again, *alive):
-        other.put_back(task)
-    assert one.busy() == 0
-    fewer = read_study(str(write_study(tmp_path, seeds=1)))
-    Queue(fewer).fill([(point, 0) for point in fewer.points()])
-    left = [one.claim() for _ in range(3)]
-    assert sorted(task.seeds[0] for task in left if task) == [0, 0]  # what the study has no more is taken out
-
-
-def test_what_waits_is_trained_with_the_knobs_that_the_study_file_has_now(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-
-    def study(decay: float, baseline: float) -> Study:
-        space = [{"name": "heavy", "weight_decay": decay}]
-        values = {"search": "list", "space": space, "baseline": {"weight_decay": baseline}, "seeds": 1}
-        return read_study(str(write_study(tmp_path, **values)))
-
-    def tasks(of: Study) -> list[tuple[str, dict[str, Any]]]:
-        queue = Queue(of)
-        queue.fill([(point, 0) for point in of.points()])
-        claimed = []
-        while (task := queue.claim()) is not None:
-            claimed.append(task)
-        for task in claimed:
-            queue.put_back(task)
-        return sorted((task.point.name, task.point.knobs) for task in claimed)
-
-    knob = "regularizers.weight_decay"
-    assert tasks(study(1, 0.1)) == [("baseline", {knob: 0.1}), ("heavy", {knob: 1.0})]
-    edited = study(2, 0.2)
-    assert [task.point.knobs[knob] for _ in range(2) if (task := Queue(edited).claim())] == [0.2, 2.0]  # not refilled
-    edited = study(3, 0.3)
-    assert tasks(edited) == []  # they are being trained
-    shutil.rmtree(tmp_path / "runs")
-    tasks(study(1, 0.1))
-    assert tasks(edited) == [("baseline", {knob: 0.3}), ("heavy", {knob: 3.0})]
-
-
-def test_a_search_is_extended_by_seeds_and_repeats_what_failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-
-    def study(**changes: Any) -> Study:
-        space = {"weight_decay": {"min": 0.5, "max": 2}}
-        return read_study(str(write_study(tmp_path, search="tpe", space=space, **changes)))
-
-    def fill(of: Study) -> Queue:
-        queue = Queue(of)
-        queue.fill(unfinished(of, pairs(of)), of.trials or 0)
-        return queue
-
-    one = study(trials=2, seeds=1)
-    queue = fill(one)
-    tasks = [task for _ in range(3) if (task := queue.claim())]
-    found = [task.point for task in tasks if task.searched]
-    for task in tasks:
-        write_run(one, task.point, 0, 4.0, status="failed" if task.point == found[1] else "finished")
-        queue.tell(task, None if task.point == found[1] else 4.0)
-    assert len(found) == 2 and queue.empty()
-    queue = fill(one)  # the failed run, and no third search
-    task = queue.claim()
-    assert task is not None and (task.point, task.seeds) == (found[1], [0]) and queue.claim() is None
-    queue.tell(task, None)
-    queue = fill(study(trials=3, seeds=2))
-    tasks = [task for _ in range(9) if (task := queue.claim())]
-    named = sorted((task.point.name, task.seeds[0]) for task in tasks if not task.searched)
-    assert named == sorted([("baseline", 1), (found[0].name, 1), (found[1].name, 0), (found[1].name, 1)])
-    searches = [task for task in tasks if task.searched]
-    assert [task.seeds for task in searches] == [[0, 1]] and queue.searching() == [searches[0].point.name]
-    write_run(one, searches[0].point, 0, 4.0, status="running")  # a point whose search trains it is not handed out twice
-    fill(study(trials=3, seeds=2))
-    assert queue.claim() is None
-
-
-def test_a_combination_that_no_config_allows_costs_its_own_trial_only(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("signal.signal", lambda *_: None)  # those of the tests' own process
-    # Each value alone is possible, and together they are too many to be tried beforehand.
-    space = {"ema_decay": [0.5, 0.9], "swa_start": [0.25, 0.5], "weight_decay": [row / 100 for row in range(100)]}
-    study = read_study(str(write_study(tmp_path, search="tpe", trials=3, space=space)))
-    worker = Worker(study, threads=1)
-    worker.queue.fill([], 3)
-    assert worker.work() == 0
-    said = capsys.readouterr().out.splitlines()
-    assert len(said) == 3 and all("not possible" in line and "exclude each other" in line for line in said)
-    assert worker.queue.empty() and study.points() == study.points()[:1]
+    study = make_study(tmp_path, space={"regularizers.weight_decay": [0.3, 3]})
+    write_runs(study, lambda point: -0.1 * (point.name == "weight_decay=3"))
+    base, *_, best = study.points()
+    Queue(study).fill([(point, seed) for point in (base, best) for seed in confirmation_seeds(study)])
+    worked: list[int] = []
+    monkeypatch.setattr("studies.runner.prepare", lambda _: None)
+    monkeypatch.setattr("signal.signal", lambda *_: None)
+    monkeypatch.setattr("studies.runner.Crew.work", lambda _, left: worked.append(left))
+    assert run_study(study) == 4  # nobody worked
+    assert worked == [0, 6]
 
 
 def test_a_process_does_not_outlive_the_one_that_started_it() -> None:

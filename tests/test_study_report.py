@@ -11,6 +11,7 @@ import re
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
@@ -23,7 +24,7 @@ from config import BadInput, Config
 from studies import runner
 from studies.findings import answer, cautions, find, winner
 from studies.report import draw, ranking_rows, render, write_report
-from studies.results import collect, metric_value, write_results
+from studies.results import collect, metric_value, write_results, write_table
 from studies.space import Point, Study, confirmation_seeds
 from studies.tracking import log_summary
 
@@ -191,6 +192,15 @@ def test_tables(grid: Study) -> None:
     its = [float(run["metric"]) for run in runs if run["point"] == "baseline" and run["confirmation"] == "false"]
     assert float(ranking[0]["difference"]) == pytest.approx(np.mean(mine) - np.mean(its))
     assert base["difference"] == "" and float(base["relative_seconds_per_step"]) == 1
+
+
+def test_two_writers_of_one_file_do_not_meet(tmp_path: Path) -> None:
+    """Two commands that end together both write the report and the tables."""
+    rows = [{"point": "x" * 999, "seed": seed} for seed in range(99)]
+    with ThreadPoolExecutor(4) as writers:
+        for _ in writers.map(lambda _: write_table(tmp_path / "results.csv", rows), range(80)):
+            assert len(rows_of(tmp_path / "results.csv")) == 99
+    assert [path.name for path in tmp_path.iterdir()] == ["results.csv"]
 
 
 def test_pictures(grid: Study, tmp_path: Path) -> None:

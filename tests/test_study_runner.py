@@ -141,7 +141,10 @@ def postgresql(tmp_path: Path) -> Iterator[str]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    made = subprocess.run([initdb, "-D", home / "data", "-U", "tester", "-A", "trust", "--no-sync"], **options)
+    (home / "password").write_text("s@cret")
+    (home / "password").chmod(0o644)
+    access = ["-A", "scram-sha-256", "--pwfile", home / "password"]
+    made = subprocess.run([initdb, "-D", home / "data", "-U", "tester", *access, "--no-sync"], **options)
     assert made.returncode == 0, made.stderr
     control = [str(Path(initdb).resolve().parent / "pg_ctl"), "-D", str(home / "data"), "-w", "-l", str(home / "log")]
     settings = f"-p {port} -c listen_addresses=127.0.0.1 -c unix_socket_directories= -c fsync=off"
@@ -149,7 +152,7 @@ def postgresql(tmp_path: Path) -> Iterator[str]:
     quiet = options | {"capture_output": False, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     try:
         assert subprocess.run([*control, "-o", settings, "start"], **quiet).returncode == 0, (home / "log").read_text()
-        yield f"postgresql://tester@127.0.0.1:{port}/postgres"
+        yield f"postgresql://tester:s%40cret@127.0.0.1:{port}/postgres"
     finally:
         subprocess.run([*control, "-m", "immediate", "stop"], **quiet)
         shutil.rmtree(home, ignore_errors=True)
@@ -159,6 +162,8 @@ def postgresql(tmp_path: Path) -> Iterator[str]:
 def test_four_commands_share_a_study_over_postgresql_and_one_is_killed(tmp_path: Path, postgresql: str) -> None:
     path = write_study(tmp_path, storage=postgresql, seeds=1)
     kill_one_of_four(path, commands=4)
+    stored = (tmp_path / "runs/s/study.yaml").read_text()
+    assert "tester@127.0.0.1" in stored and "cret" not in stored + said(path)
     assert not (tmp_path / "runs/s/study.db").exists()
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from made_up_study import make_study, write_run
 from optuna.exceptions import StorageInternalError
+from optuna.trial import TrialState
 from sqlalchemy.exc import OperationalError
 from test_study_runner import write_study
 
@@ -81,6 +82,8 @@ def test_what_waits_is_trained_with_the_knobs_that_the_study_file_has_now(
     shutil.rmtree(tmp_path / "runs")
     tasks(study(1, 0.1))
     assert tasks(edited) == [("baseline", {knob: 0.3}), ("heavy", {knob: 3.0})]
+    waiting = Queue(edited)._trials(TrialState.WAITING)  # nor do the old knobs stay in the database
+    assert sorted(trial.user_attrs["knobs"][knob] for trial in waiting) == [0.3, 3.0]
 
 
 def test_a_search_is_extended_by_seeds_and_repeats_what_failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

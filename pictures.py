@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import re
+import uuid
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +25,8 @@ def _axes(width: float, height: float, rows: int = 1) -> tuple[Any, Any]:
 
 
 def save(figure: Any, path: Path) -> None:
-    """Write the picture as a PNG in one step, so that a viewer never meets half of it."""
-    temporary = path.with_name(f".{path.name}.new")
+    """Write the picture as a PNG in one step, so that a viewer never meets half of it, whoever else writes it too."""
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.new")
     figure.savefig(temporary, format="png")
     temporary.replace(path)
 

@@ -70,6 +70,12 @@ class Findings:
         """Whether the difference is in the good direction."""
         return self.study_sign * effect.difference < 0
 
+    @property
+    def leads(self) -> bool:
+        """Whether the winner did better than the baseline in the search."""
+        effect = self.effect(self.winner) if self.winner else None
+        return effect is not None and self.better(effect)
+
     def amount(self, value: float) -> str:
         """A size with its unit."""
         return f"{abs(value):.4f} {self.unit}"
@@ -104,7 +110,7 @@ def find(study: Study, results: list[Result]) -> Findings:
 
 
 def winner(study: Study, results: list[Result], search: Analysis) -> Point | None:
-    """The point, other than the baseline, with the best mean on the search's seeds: the one that the runner confirms.
+    """The point, other than the baseline, with the best mean on the search's seeds; the runner confirms it if it leads.
 
     Only points whose every run counts are candidates: what diverges on one seed is not to be recommended. While no
     point is complete those with the most runs stand in, their differences adjusted for the seeds that are missing.
@@ -168,11 +174,21 @@ def number(value: float) -> str:
     return f"{value:.4f}".replace("-", "−")
 
 
+def counted(count: int, what: str) -> str:
+    """So many of them, in words."""
+    return f"{count} {what}" + ("" if count == 1 else "s")
+
+
 def chance(p: float | None) -> str:
     """A p value in words that do not pretend to more than it has."""
     if p is None:
         return "p unknown"
     return "p < 0.001" if p < 0.001 else f"p = {p:.2g}"
+
+
+def adjusted(findings: Findings, effect: Effect, where: str = "") -> str:
+    """How sure an effect of the search is with all points considered."""
+    return f"{chance(effect.adjusted_p)}{where}, adjusted for {counted(len(findings.search.effects), 'point')}"
 
 
 def answer(findings: Findings) -> list[str]:
@@ -186,41 +202,43 @@ def answer(findings: Findings) -> list[str]:
         ]
     name, metric = short(best.name), study.metric
     verb = "lowers" if study.minimize else "raises"
-    if findings.confirmed is not None and findings.confirmed.p is not None:
-        return answer_confirmed(findings, name, verb, effect, findings.confirmed)
-    if findings.single_seed:
-        way = "better" if findings.better(effect) else "worse"
+    more_seeds = "Give the study at least three seeds (seeds: 3); the runs there are will be kept."
+    if not findings.leads and findings.single_seed:
         return [
-            f"One seed cannot tell an effect from luck: {name} came out best, {findings.amount(effect.difference)} "
-            f"{way} than the baseline, and nothing says whether that is noise.",
-            "Give the study at least three seeds (seeds: 3); the runs there are will be kept.",
+            f"One seed cannot tell an effect from luck: no point did better than the baseline, the nearest, {name}, "
+            f"ended {findings.amount(effect.difference)} worse, and nothing says whether that is noise.",
+            more_seeds,
         ]
-    if not findings.better(effect):
+    if not findings.leads:  # whether or not it was run on fresh seeds: there is no gain to confirm
         worse = sum(other.claimed for other in findings.search.effects.values())
         return [
             f"No point did better than the baseline: the nearest, {name}, ended {findings.amount(effect.difference)} "
             f"worse ({findings.interval(effect)}).",
             f"{worse} of {len(findings.search.effects)} points are distinguishably worse; keep the baseline.",
         ]
+    if findings.confirmed is not None and findings.confirmed.p is not None:
+        return answer_confirmed(findings, name, verb, effect, findings.confirmed)
+    if findings.single_seed:
+        return [
+            f"One seed cannot tell an effect from luck: {name} came out best, {findings.amount(effect.difference)} "
+            "better than the baseline, and nothing says whether that is noise.",
+            more_seeds,
+        ]
     if effect.claimed:
         return [
             f"{name} {verb} {metric} by {findings.amount(effect.difference)} against the baseline "
             f"({findings.interval(effect)}).",
-            f"That is more than noise ({chance(effect.adjusted_p)}, adjusted for {len(findings.search.effects)} "
-            "points), but it was chosen on these very seeds, which flatters it, and has not been confirmed on fresh "
-            "ones.",
+            f"That is more than noise ({adjusted(findings, effect)}), but it was chosen on these very seeds, which "
+            "flatters it, and has not been confirmed on fresh ones.",
         ]
-    return [
-        nothing(findings),
-        f"The best, {name}, leads by {findings.amount(effect.difference)} ({findings.interval(effect)}); "
-        f"{planning(findings, effect)}",
-    ]
+    lead = f"The best, {name}, leads by {findings.amount(effect.difference)} ({findings.interval(effect)})."
+    return [nothing(findings), f"{lead}{planning(findings, effect)}"]
 
 
 def answer_confirmed(findings: Findings, name: str, verb: str, effect: Effect, confirmed: Effect) -> list[str]:
     """The two sentences when the winner was run again on fresh seeds."""
-    seeds = f"{confirmed.seeds} fresh seed" + ("s" if confirmed.seeds > 1 else "")
-    searched = f"{chance(effect.adjusted_p)} in the search, adjusted for {len(findings.search.effects)} points"
+    seeds = counted(confirmed.seeds, "fresh seed")
+    searched = adjusted(findings, effect, " in the search")
     if findings.single_seed:
         searched = "the search had one seed and could not tell"
     sure = confirmed.p is not None and confirmed.p < 1 - CONFIDENCE
@@ -235,40 +253,48 @@ def answer_confirmed(findings: Findings, name: str, verb: str, effect: Effect, c
             f"({findings.interval(confirmed)}).",
             f"This was measured on {seeds} on which nothing was chosen ({chance(confirmed.p)}; {searched}){test}.",
         ]
-    way = "better" if findings.better(confirmed) else "worse"
+    way, more = "worse", ""
+    if findings.better(confirmed):  # what the search showed is flattered, so that it plans nothing
+        way, more = "better", planning(findings, confirmed)
     return [
         nothing(findings) if not sure else f"{name} won the search but does not help.",
         f"{name} led the search by {findings.amount(effect.difference)}; on {seeds} it is "
-        f"{abs(confirmed.difference):.4f} {way} than the baseline ({findings.interval(confirmed)}). "
-        + sentence_case(planning(findings, effect)),
+        f"{abs(confirmed.difference):.4f} {way} than the baseline ({findings.interval(confirmed)}).{more}",
     ]
 
 
 def nothing(findings: Findings) -> str:
-    """The sentence of a study that found nothing; it may still have found harm."""
+    """The sentence of a study that shows no gain; the search may have found harm, or a gain that was not confirmed."""
     worse = [effect for effect in findings.search.effects.values() if effect.claimed and not findings.better(effect)]
     smallest, sd = findings.search.smallest, findings.search.noise.sd
     some = f" ({len(worse)} of {len(findings.search.effects)} points are distinguishably worse)" if worse else ""
-    if sd is None or smallest is None:
-        return "No gain here is distinguishable from noise."
-    return (
-        f"No gain here is distinguishable from noise{some}: runs differ by {sd:.4f} {findings.unit} "
-        f"(standard deviation) from luck alone, and this study sees true differences from {smallest:.4f} on."
-    )
-
-
-def sentence_case(text: str) -> str:
-    """The text with a capital first letter, the rest as it is."""
-    return text[:1].upper() + text[1:]
+    gained = [point for point in findings.ranked() if (effect := findings.effect(point)) and effect.claimed]
+    gained = [point for point in gained if findings.better(findings.search.effects[point.name])]
+    if gained:
+        point = findings.winner if findings.winner in gained else gained[0]
+        effect, name = findings.search.effects[point.name], short(point.name)
+        fate = "but it has not been run on fresh seeds"
+        if point == findings.winner and findings.confirmed is not None:
+            fate = f"but that was not confirmed on {counted(findings.confirmed.seeds, 'fresh seed')}"
+        sure = adjusted(findings, effect)
+        return f"{name} did better than the baseline in the search ({sure}), {fate}."
+    if sd is None:
+        return f"No gain here is distinguishable from noise{some}."
+    luck = f"runs differ by {sd:.4f} {findings.unit} (standard deviation) from luck alone"
+    if smallest is not None:
+        luck += f", and this study sees true differences from {smallest:.4f} on"
+    return f"No gain here is distinguishable from noise{some}: {luck}."
 
 
 def planning(findings: Findings, effect: Effect) -> str:
-    """How many seeds would settle an effect of the size seen."""
+    """A sentence on how many seeds would settle an effect of this size; empty where the common noise says nothing."""
     if findings.search.noise.sd is None:
-        return "the search needs at least three seeds to tell more."
+        return " The search needs at least three seeds to tell more."
+    if findings.search.smallest is None:
+        return ""
     needed = seeds_needed(effect.difference, findings.search.noise.sd, len(findings.search.effects))
     count = "more than 10,000" if needed is None else f"about {needed:,}"
-    return f"to see an effect of this size a study like this needs {count} seeds."
+    return f" To see a true difference of {abs(effect.difference):.4f} a study like this needs {count} seeds."
 
 
 def cautions(findings: Findings) -> list[str]:
@@ -282,10 +308,12 @@ def cautions(findings: Findings) -> list[str]:
         lines.append(f"{len(failed)} of {len(results)} runs failed ({names}); they are listed below with their reason")
     if open_ones:
         lines.append(f"{len(open_ones)} of {len(results)} runs are not finished; the numbers will still move")
-    for name in findings.search.uneven:
+    if findings.search.uneven:
+        names = "; ".join(map(short, findings.search.uneven))
         lines.append(
-            f"{short(name)} is far noisier than the others (a seed may have diverged): it is kept out of the common "
-            "noise, and compared by its own runs alone"
+            f"more varied from seed to seed than the other points: {names} (weak regularizers follow the baseline's "
+            "run closely and these do not; a seed that diverged is another reason); they are kept out of the common "
+            "noise, and compared by their own and the baseline's runs alone"
         )
     if findings.winner is not None and not findings.single_seed:
         effect = findings.effect(findings.winner)

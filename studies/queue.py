@@ -7,23 +7,26 @@ is handed out twice, because its worker seemed dead, costs a look and no run.
 from __future__ import annotations
 
 import fcntl
+import json
 import logging
 import math
+import uuid
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import optuna
+from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.storages import RDBStorage, RetryHeartbeatStaleTrialCallback, fail_stale_trials
 from optuna.trial import FrozenTrial, TrialState
-from sqlalchemy.exc import SQLAlchemyError
 
 from config import BadInput
 from studies.knobs import name_of, whole
+from studies.results import replace_file
 from studies.space import Point, Range, Study, confirmation_seeds
+from studies.storage import AWAY, patient, storage_url, why_away, without_password
 
 HEARTBEAT = 3  # seconds between two signs of life of a worker
 GRACE = 12  # seconds of silence after which its task is handed to another
@@ -53,36 +56,55 @@ class Queue:
         warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
         url = storage_url(study)
         options: dict[str, Any] = {"pool_pre_ping": True}
-        if url.startswith("sqlite"):
+        if url.drivername.startswith("sqlite"):
             options["connect_args"] = {"timeout": 60}
         try:
             with self.alone():  # two processes that make a fresh database at the same time break each other
                 self.storage = RDBStorage(
-                    url,
+                    url.render_as_string(hide_password=False),
                     engine_kwargs=options,
                     heartbeat_interval=HEARTBEAT,
                     grace_period=GRACE,
                     heartbeat_stale_trial_callback=RetryHeartbeatStaleTrialCallback(),
                 )
                 self.shared = optuna.create_study(
-                    study_name=study.name,
+                    study_name=self._name(),
                     storage=self.storage,
                     load_if_exists=True,
                     direction="minimize" if study.minimize else "maximize",
                 )
         except ImportError:
             raise BadInput("a postgresql storage needs psycopg: pip install 'psycopg[binary]>=3.2'") from None
-        except SQLAlchemyError as problem:
-            reason = str(getattr(problem, "orig", None) or problem).strip().splitlines()[0]
+        except AWAY as problem:
             raise BadInput(
-                f"cannot open the storage {self.storage_name()}: {reason}; start its server, mend the URL, or leave "
-                "'storage' out for a SQLite file"
+                f"cannot open the storage {without_password(url)[0]}: {why_away(problem)}; start its server, mend the "
+                "URL (a password can be in PGPASSWORD too), or leave 'storage' out for a SQLite file"
             ) from None
+        self._check_search()
 
-    def storage_name(self) -> str:
-        """The storage's URL without its password."""
-        before, at, after = storage_url(self.study).rpartition("@")
-        return before.rsplit(":", 1)[0] + at + after if at and before.count(":") > 1 else before + at + after
+    def _name(self) -> str:
+        """The name in the database: on one server two directories may hold studies of one name."""
+        path = self.study.directory / "queue.id"
+        if not path.exists():
+            replace_file(path, uuid.uuid4().hex[:8])
+        return f"{self.study.name}-{path.read_text()}"
+
+    @patient
+    def _check_search(self) -> None:
+        """Raises BadInput for a search that was begun among values, or on a scale, that the study file has no more."""
+        if self.study.search != "tpe":
+            return
+        begun = {knob: known for trial in self._trials() for knob, known in trial.distributions.items()}
+        for knob, side in self.study.ranges().items():
+            if knob not in begun:
+                continue
+            try:
+                optuna.distributions.check_distribution_compatibility(begun[knob], distribution(knob, side))
+            except ValueError:
+                raise BadInput(
+                    f"the search has begun with {knob} as {begun[knob]}, and such values or their scale cannot change "
+                    "on the way; restore them, or give the study another 'name'"
+                ) from None
 
     @contextmanager
     def alone(self) -> Iterator[None]:
@@ -91,55 +113,72 @@ class Queue:
             fcntl.flock(file, fcntl.LOCK_EX)
             yield
 
+    @patient
     def fill(self, wanted: list[tuple[Point, int]], trials: int = 0) -> None:
         """Let the runs ``wanted`` wait, and as many searches that ``trials`` there are in all, if they do not yet.
 
-        Runs that wait and are none of the study's any more are taken out.
+        Runs that wait and are none of the study's any more, or whose point has other knobs now, are taken out.
         """
         with self.alone():
-            waiting = {key(trial): trial for trial in self._trials(TrialState.WAITING)}
-            running = {key(trial) for trial in self._trials(TrialState.RUNNING)}
-            for point, seed in wanted:
-                if (point.name, seed) not in {*waiting, *running}:
-                    self.shared.enqueue_trial({}, user_attrs={"point": point.name, "knobs": point.knobs, "seed": seed})
-            names, seeds = {point.name for point in self.study.points()}, {*self.study.seeds}
-            seeds |= {*confirmation_seeds(self.study)}
-            for place, trial in waiting.items():
-                if place is not None and (place[0] not in names or place[1] not in seeds):
+            points = {point.name: point for point in self.study.points()}
+            seeds = {*self.study.seeds, *confirmation_seeds(self.study)}
+            for trial in self._trials(TrialState.WAITING):
+                told = trial.user_attrs
+                point = points.get(told.get("point", ""))
+                gone = point is None or told["seed"] not in seeds or told["knobs"] != as_stored(point.knobs)
+                if key(trial) and gone:
                     self.storage.set_trial_state_values(trial._trial_id, TrialState.FAIL)
-            states = (TrialState.WAITING, TrialState.RUNNING, TrialState.COMPLETE)
-            for _ in range(trials - sum(key(trial) is None for trial in self._trials(*states))):
+            there = self._trials(TrialState.WAITING, TrialState.RUNNING)
+            busy: set[Any] = {key(trial) for trial in there}
+            # A search that has chosen its point trains it on all seeds.
+            busy |= {(trial.user_attrs.get("found"), seed) for trial in there for seed in self.study.seeds}
+            for point, seed in wanted:
+                if (point.name, seed) not in busy:
+                    self.shared.enqueue_trial({}, user_attrs={"point": point.name, "knobs": point.knobs, "seed": seed})
+            begun = [trial for trial in (*there, *self._trials(TrialState.COMPLETE)) if key(trial) is None]
+            # A search whose runs failed is none to be repeated: its point is known, and its runs are wanted.
+            failed = {trial.user_attrs.get("found") for trial in self._trials(TrialState.FAIL)}
+            failed -= {trial.user_attrs.get("found") for trial in begun}
+            for _ in range(trials - len(begun) - len(failed & {*points})):
                 self.shared.enqueue_trial({})
 
+    @patient
+    def searching(self) -> list[str | None]:
+        """The searches that wait or are being run: the point of each, None where it is not chosen yet."""
+        there = self._trials(TrialState.WAITING, TrialState.RUNNING)
+        return [trial.user_attrs.get("found") for trial in there if key(trial) is None]
+
+    @patient
     def claim(self) -> Task | None:
         """A task for this worker alone, or None when nothing waits. A dead worker's task waits again."""
         with self.alone():
             fail_stale_trials(self.shared)
+            points = {point.name: point for point in self.study.points()}
             for trial in self._trials(TrialState.WAITING):
                 self.storage.record_heartbeat(trial._trial_id)
                 if self.storage.set_trial_state_values(trial._trial_id, TrialState.RUNNING):
-                    return self._task(trial)
+                    return self._task(trial, points)
         return None
 
-    def busy(self) -> int:
-        """How many tasks are being run, by any worker of any machine."""
-        return len(self._trials(TrialState.RUNNING))
-
+    @patient
     def empty(self) -> bool:
-        """Whether nothing waits and nothing is being run."""
-        return not self._trials(TrialState.WAITING, TrialState.RUNNING)
+        """Whether nothing waits and nothing is being run, by any worker of any machine."""
+        with self.alone():  # a task on its way from a dead worker to the next is neither
+            return not self._trials(TrialState.WAITING, TrialState.RUNNING)
 
     def beat(self, task: Task) -> None:
         """A sign of life. A database that is away for a while does not hinder a run."""
         try:
             self.storage.record_heartbeat(task.trial)
-        except (SQLAlchemyError, optuna.exceptions.StorageInternalError):
+        except AWAY:
             pass
 
+    @patient
     def put_back(self, task: Task) -> None:
         """Let the task wait for another worker, or for the next start."""
         self._set(task, TrialState.WAITING)
 
+    @patient
     def tell(self, task: Task, value: float | None) -> None:
         """The task is done; ``value`` None: it failed. What is not finite is the worst value there is."""
         if value is None:
@@ -155,18 +194,21 @@ class Queue:
             pass  # we were taken for dead, and whoever took over was faster
 
     def _trials(self, *states: TrialState) -> list[FrozenTrial]:
-        return self.shared.get_trials(deepcopy=False, states=states)
+        return self.shared.get_trials(deepcopy=False, states=states or None)
 
-    def _task(self, trial: FrozenTrial) -> Task:
+    def _task(self, trial: FrozenTrial, points: dict[str, Point]) -> Task:
         told = trial.user_attrs
-        if "point" in told:
-            return Task(trial._trial_id, Point(told["point"], told["knobs"]), [told["seed"]], searched=False)
+        if "point" in told:  # by its name: what the study file says of it may have changed since
+            point = points.get(told["point"], Point(told["point"], told["knobs"]))
+            return Task(trial._trial_id, point, [told["seed"]], searched=False)
         # A searched point: what an earlier worker chose before it died is kept by the trial.
         # A seed of its own for each: workers do not draw the same, and one worker alone draws the same each time.
         self.shared.sampler = optuna.samplers.TPESampler(seed=trial.number)
         chooser = optuna.Trial(self.shared, trial._trial_id)
         knobs = {knob: choose(chooser, knob, side) for knob, side in self.study.ranges().items()}
-        return Task(trial._trial_id, Point(name_of(knobs), knobs), self.study.seeds, searched=True)
+        point = Point(name_of(knobs), knobs)
+        self.storage.set_trial_user_attr(trial._trial_id, "found", point.name)
+        return Task(trial._trial_id, point, self.study.seeds, searched=True)
 
 
 def key(trial: FrozenTrial) -> tuple[str, int] | None:
@@ -175,18 +217,26 @@ def key(trial: FrozenTrial) -> tuple[str, int] | None:
     return (told["point"], told["seed"]) if "point" in told else None
 
 
+def as_stored(knobs: dict[str, Any]) -> Any:
+    """Knobs as the database gives them back."""
+    return json.loads(json.dumps(knobs))
+
+
 def choose(trial: optuna.Trial, knob: str, side: Range | list[Any]) -> Any:
     """The search's value of a knob; a real number to four digits, so that the point's name tells all of it."""
+    among = distribution(knob, side)
+    if isinstance(among, CategoricalDistribution):
+        return trial.suggest_categorical(knob, among.choices)
+    if isinstance(among, IntDistribution):
+        return trial.suggest_int(knob, among.low, among.high, log=among.log)
+    value = float(f"{trial.suggest_float(knob, among.low, among.high, log=among.log):.4g}")
+    return min(max(value, among.low), among.high)
+
+
+def distribution(knob: str, side: Range | list[Any]) -> CategoricalDistribution | IntDistribution | FloatDistribution:
+    """What the search chooses a knob's value from, in Optuna's words."""
     if not isinstance(side, Range):
-        return trial.suggest_categorical(knob, side)
+        return CategoricalDistribution(side)
     if whole(knob):
-        return trial.suggest_int(knob, math.ceil(side.min), math.floor(side.max), log=side.log)
-    value = float(f"{trial.suggest_float(knob, side.min, side.max, log=side.log):.4g}")
-    return min(max(value, side.min), side.max)
-
-
-def storage_url(study: Study) -> str:
-    """The database's URL as SQLAlchemy wants it; psycopg 3 is the driver of PostgreSQL."""
-    if study.storage is None:
-        return f"sqlite:///{Path(study.directory).resolve() / 'study.db'}"
-    return study.storage.replace("postgresql://", "postgresql+psycopg://", 1)
+        return IntDistribution(math.ceil(side.min), math.floor(side.max), log=side.log)
+    return FloatDistribution(side.min, side.max, log=side.log)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import base64
 import datetime
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from markupsafe import Markup
 import pictures
 from config import Config
 from studies.findings import Findings, answer, cautions, chance, find, number, short
-from studies.results import Result, collect, write_results, write_table
+from studies.results import Result, collect, replace_file, write_results, write_table
 from studies.space import Point, Study
 from studies.statistics import mean, seeds_needed
 from studies.tracking import log_summary
@@ -43,10 +42,7 @@ def write_report(study: Study, points: Sequence[Point] | None = None) -> tuple[P
     drawn = draw(findings)
     for name, picture in drawn.items():
         pictures.save(picture["wide"], directory / f"{name}.png")
-    page = render(findings, drawn)
-    temporary = directory / ".report.html.new"
-    temporary.write_text(page, encoding="utf-8")
-    os.replace(temporary, directory / "report.html")
+    replace_file(directory / "report.html", render(findings, drawn))
     sentences = answer(findings)
     log_summary(study, findings, ranking, {name: directory / f"{name}.png" for name in drawn}, sentences)
     return directory / "report.html", sentences + [f"note: {line}" for line in cautions(findings)]
@@ -261,7 +257,7 @@ def render(findings: Findings, drawn: dict[str, Picture]) -> str:
     fresh = bool(findings.winner and findings.of(findings.winner, True) and findings.of(findings.points[0], True))
     best = findings.effect(findings.winner) if findings.winner else None
     sizes: dict[str, float] = {}
-    if search.noise.sd and best is not None:
+    if search.noise.sd and search.smallest is not None and best is not None:
         sizes = {"the best point's, as seen": abs(best.difference), "the noise of one run": search.noise.sd}
         sizes["half that noise"] = search.noise.sd / 2
     return environment.get_template("report.html.jinja").render(

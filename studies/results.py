@@ -10,6 +10,7 @@ import csv
 import fcntl
 import io
 import os
+import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -77,8 +78,8 @@ class Result:
 def metric_value(run_directory: Path, metric: str) -> float | None:
     """The value of ``metric`` that counts for the run, None if there is none or it is not finite.
 
-    That is the last one in metrics.jsonl; of averaged weights when they were evaluated (``val_average/...`` for
-    ``val/...``); and of the step whose weights were restored when the run was stopped early.
+    That is the last one in metrics.jsonl; of averaged weights when they were evaluated there
+    (``val_average/...`` for ``val/...``); and of the step whose weights were restored when the run was stopped early.
     """
     return last_value(read_metrics(run_directory), read_summary(run_directory), metric)
 
@@ -86,12 +87,11 @@ def metric_value(run_directory: Path, metric: str) -> float | None:
 def last_value(records: list[dict[str, Any]], summary: dict[str, Any], metric: str) -> float | None:
     """``metric_value`` of records and a summary that were read already."""
     twin = metric.replace("val/", "val_average/", 1) if metric.startswith("val/") else metric
-    name = twin if any(twin in record for record in records) else metric
     # The last line that has it, even as null (not finite): an earlier value is not what the run came to.
-    held = [record for record in records if name in record]
+    held = [record for record in records if metric in record or twin in record]
     if summary.get("stopped_early") and "best/step" in summary:
         held = [record for record in held if record["step"] <= summary["best/step"]]
-    return _finite(held[-1][name]) if held else None
+    return _finite(held[-1].get(twin, held[-1].get(metric))) if held else None
 
 
 def collect(study: Study, points: Sequence[Point] | None = None) -> list[Result]:
@@ -160,8 +160,13 @@ def write_table(path: Path, rows: list[dict[str, Any]]) -> None:
     writer = csv.DictWriter(text, list(rows[0]) if rows else [], lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
-    temporary = path.with_name(f".{path.name}.new")
-    temporary.write_text(text.getvalue(), encoding="utf-8")
+    replace_file(path, text.getvalue())
+
+
+def replace_file(path: Path, text: str) -> None:
+    """Write a text in one step, so that a reader finds the old or the new one; of several writers the last wins."""
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.new")
+    temporary.write_text(text, encoding="utf-8")
     os.replace(temporary, path)
 
 

@@ -20,8 +20,9 @@ from config import BadInput
 from data.prepare import prepare
 from studies import processes
 from studies.queue import Queue
-from studies.results import is_finished, metric_value
+from studies.results import collect, is_finished, replace_file
 from studies.space import Point, Study, confirmation_seeds
+from studies.storage import storage_url, without_password
 from training.run_directory import check_config, say
 
 SHOWN = 5  # of many mistakes of one kind
@@ -35,8 +36,8 @@ def run_study(study: Study) -> int:
     """
     points = study.points()
     searched = pairs(study)
-    total = len(searched) if study.search != "tpe" else (1 + (study.trials or 0)) * len(study.seeds)
-    print(f"{total} runs: {total // len(study.seeds)} points on {len(study.seeds)} seeds", flush=True)
+    number = max(len(points), 1 + (study.trials or 0))
+    print(f"{number * len(study.seeds)} runs: {number} points on {len(study.seeds)} seeds", flush=True)
     for warning in study.warnings():
         say(warning)
     check_runs(study, searched)
@@ -45,14 +46,18 @@ def run_study(study: Study) -> int:
         prepare(data)  # once, not by every worker
     queue = Queue(study)
     file = study.directory / "study.yaml"
-    file.write_text(yaml.safe_dump(study.resolved(), sort_keys=False, allow_unicode=True))
+    shown, password = without_password(storage_url(study))
+    # Others may read the file: the workers get the password by their environment.
+    stored = study.resolved() | ({"storage": shown} if study.storage else {})
+    replace_file(file, yaml.safe_dump(stored, sort_keys=False, allow_unicode=True))
 
-    crew = Crew(study, file)
-    # tpe: what it searches is known by number only, the baseline by name.
-    known = searched[: len(study.seeds)] if study.search == "tpe" else searched
-    queue.fill(unfinished(study, known), study.trials or 0)
-    crew.work(total - len(searched) + len(unfinished(study, searched)))
-    best = winner(study) if queue.empty() else None
+    crew = Crew(study, file, {} if password is None else {"PGPASSWORD": password})
+    queue.fill(unfinished(study, searched), study.trials or 0)
+    # A point that is not chosen yet has no run that could be unfinished.
+    crew.work(len(unfinished(study, searched)) + queue.searching().count(None) * len(study.seeds))
+    # The queue need not be empty: another command may have put the confirmation there already.
+    searched_all = queue.empty() or not (unfinished(study, pairs(study)) or queue.searching())
+    best = to_confirm(study) if searched_all else None
     confirmed = [(point, seed) for point in (points[0], best) if best and point for seed in confirmation_seeds(study)]
     left = unfinished(study, confirmed)
     if left and best and not crew.told_to_stop:
@@ -80,16 +85,16 @@ def unfinished(study: Study, wanted: list[tuple[Point, int]]) -> list[tuple[Poin
     return [(point, seed) for point, seed in wanted if not is_finished(study.run_directory(point, seed))]
 
 
-def winner(study: Study) -> Point | None:
-    """The point other than the baseline whose mean metric over all seeds of the study is best; None without one."""
-    means: dict[Point, float] = {}
-    for point in study.points():
-        directories = [study.run_directory(point, seed) for seed in study.seeds]
-        values = [metric_value(path, study.metric) if is_finished(path) else None for path in directories]
-        known = [value for value in values if value is not None]
-        if not point.baseline and len(known) == len(study.seeds):
-            means[point] = sum(known) / len(known) * (1 if study.minimize else -1)
-    return min(means, key=lambda point: means[point]) if means else None
+def to_confirm(study: Study) -> Point | None:
+    """The point that is worth fresh seeds: the report's winner, if its every run counts and the baseline is beaten."""
+    from studies.findings import find  # scipy takes a moment
+
+    try:
+        findings = find(study, collect(study))
+    except BadInput:  # no run is finished
+        return None
+    best = findings.winner
+    return best if best and findings.leads and len(findings.of(best)) == len(study.seeds) else None
 
 
 def check_runs(study: Study, wanted: list[tuple[Point, int]]) -> None:
@@ -112,9 +117,10 @@ def check_runs(study: Study, wanted: list[tuple[Point, int]]) -> None:
 class Crew:
     """The workers of this machine, what they say, and the signals passed on to them."""
 
-    def __init__(self, study: Study, file: Path) -> None:
+    def __init__(self, study: Study, file: Path, environment: dict[str, str]) -> None:
         self.study = study
         self.file = file
+        self.environment = environment
         self.workers: list[subprocess.Popen[str]] = []
         self.told_to_stop = False
         signal.signal(signal.SIGTERM, self._stop)
@@ -139,7 +145,7 @@ class Crew:
         command = [sys.executable, "-m", "studies.worker", str(self.file)]
         command.append(f"--threads={max(1, processes.cores() // number)}")
         paths = filter(None, [str(processes.ROOT), os.environ.get("PYTHONPATH")])
-        environment = {"PYTHONPATH": os.pathsep.join(paths)}
+        environment = self.environment | {"PYTHONPATH": os.pathsep.join(paths)}
         print(f"{left} runs to go, {number} at a time, in {self.study.directory}", flush=True)
         read, write = os.pipe()
         before, began = self._finished(), time.monotonic()

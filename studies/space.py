@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import math
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -40,15 +41,14 @@ METRICS = (
     "gap/loss",
     "train/loss",
 )
-# Knobs that change the text or the unit in which the metric is measured.
+# Knobs that change the text, or what a token sees of it, or the unit in which the metric is measured.
 MEASURED_ON = {
-    *(
-        f"data.{name}"
-        for name in ("corpus", "path", "subset", "source_split", "max_documents", "document", "transform")
-    ),
-    *("data.split", "data.val_fraction", "data.test_fraction", "evaluation.max_tokens"),
+    *(f"data.{name}" for name in ("corpus", "path", "subset", "source_split", "text_field", "document", "transform")),
+    *(f"data.{name}" for name in ("max_documents", "split", "val_fraction", "test_fraction", "isolate_documents")),
+    "evaluation.max_tokens",
 }
 UNITS = ("data.tokenizer", "data.vocab_size")
+MOST_TRIED = 256  # combinations of a search's values that are checked beforehand
 PLACE = "\0"  # stands for the point in a message until it is known which points share the mistake
 
 
@@ -169,6 +169,7 @@ class Study(Section):
     def config(self, point: Point, seed: int) -> Config:
         """The config of one run."""
         where = {"run.seed": seed, "run.name": f"{point.name}-seed{seed}", "run.dir": str(self.directory)}
+        where |= {"run.resume": "auto"}  # a base that never resumes is meant for a run of its own
         tags = [
             *(self.base_knobs[0].get("tracking.tags") or []),
             *(point.name.split(",") if point.knobs else [point.name]),
@@ -194,7 +195,7 @@ class Study(Section):
         if any(knob in UNITS for knob in varied) and self.metric != "val/bits_per_byte":
             found.append(f"{self.metric} is per token and the points differ in tokens; use metric: val/bits_per_byte")
         for knob in sorted(varied & MEASURED_ON):
-            found.append(f"{knob} changes the text on which {self.metric} is measured; the points cannot be compared")
+            found.append(f"{knob} changes what {self.metric} is measured on; the points cannot be compared")
         return found
 
     def resolved(self) -> dict[str, Any]:
@@ -279,10 +280,10 @@ class Study(Section):
             return
         sides = self._sides(mistakes)
         if self.search == "tpe":
-            for knob, side in sides.items():
-                for value in [side.min, side.max] if isinstance(side, Range) else side:
-                    yield None, {knob: value}
-            return
+            sides = {knob: [side.min, side.max] if isinstance(side, Range) else side for knob, side in sides.items()}
+            if math.prod(map(len, sides.values())) > MOST_TRIED:  # a worker says which combinations are not possible
+                yield from ((None, {knob: value}) for knob, values in sides.items() for value in values)
+                return
         combinations: list[dict[str, Any]] = [{}]
         for knob, values in sides.items():
             combinations = [combination | {knob: value} for combination in combinations for value in values]
@@ -386,4 +387,5 @@ def _describe(key: str, error: Any) -> str:
         return f"unknown key {key!r}; " + (
             f"did you mean {near[0]}?" if near else f"known: {', '.join(Study.model_fields)}"
         )
-    return f"{key} = {error['input']!r}: {message}"
+    given = repr(error["input"])
+    return f"{key} = {re.sub('//.*@', '//...@', given) if key == 'storage' else given}: {message}"

@@ -75,8 +75,11 @@ class Analysis:
 
     @property
     def smallest(self) -> float | None:
-        """The smallest true difference that a study like this finds with 80% power; None without an error."""
-        if self.noise.sd is None or not self.effects:
+        """The smallest true difference that a study like this finds with 80% power.
+
+        None without an error, and when no point is compared by the common noise (the baseline has its own).
+        """
+        if self.noise.sd is None or not any(effect.pooled for effect in self.effects.values()):
             return None
         seeds = max(effect.seeds for effect in self.effects.values())
         return smallest_detectable(self.noise.sd, self.noise.degrees, max(1, seeds), len(self.effects))

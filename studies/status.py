@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from studies.results import in_use, metric_value
-from studies.runner import pairs, winner
+from studies.runner import pairs, to_confirm
 from studies.space import Study, confirmation_seeds
 from training.run_directory import read_summary
 
@@ -12,7 +12,7 @@ RECENT = 10  # finished runs by which the pace is judged
 
 def status_lines(study: Study) -> list[str]:
     """A table of points by seeds, the best point so far, and how long the rest will take."""
-    points, best = study.points(), winner(study)
+    points, best = study.points(), to_confirm(study)
     seeds = [*study.seeds, *(confirmation_seeds(study) if best is not None else [])]
     wanted = set(pairs(study))
     if best is not None:

@@ -18,7 +18,7 @@ from pathlib import Path
 import yaml
 
 from command_line import FINISHED, PREEMPTED, run
-from config import Config
+from config import BadInput, Config
 from studies.processes import ROOT, start
 from studies.queue import HEARTBEAT, Queue, Task
 from studies.results import in_use, is_finished, metric_value
@@ -50,13 +50,19 @@ class Worker:
             task = self.queue.claim()
             if task is not None:
                 self._do(task)
-            elif self.queue.busy():  # its worker may die; then the task waits again
+            elif not self.queue.empty():  # a task that is being run waits again when its worker dies
                 time.sleep(PATIENCE)
             else:
                 return FINISHED
         return PREEMPTED
 
     def _do(self, task: Task) -> None:
+        try:
+            self.study.config(task.point, task.seeds[0])
+        except BadInput as problem:  # a search can put together what no config allows
+            print(f"{task.point.name}: not possible, {'; '.join(str(problem).splitlines())}", flush=True)
+            self.queue.tell(task, None)
+            return
         values = []
         for seed in task.seeds:
             ended = self._run(task, seed)

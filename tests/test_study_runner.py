@@ -17,10 +17,11 @@ from typing import Any
 import pytest
 import yaml
 from conftest import ROOT, TINY, made_up_text
+from made_up_study import make_study, write_runs
 
 from studies.queue import Queue
-from studies.runner import winner
-from studies.space import read_study
+from studies.runner import run_study, to_confirm
+from studies.space import confirmation_seeds, read_study
 from training.run_directory import read_summary
 
 PATIENCE = 150  # seconds that anything here may take on a busy machine
@@ -140,7 +141,10 @@ def postgresql(tmp_path: Path) -> Iterator[str]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    made = subprocess.run([initdb, "-D", home / "data", "-U", "tester", "-A", "trust", "--no-sync"], **options)
+    (home / "password").write_text("s@cret")
+    (home / "password").chmod(0o644)
+    access = ["-A", "scram-sha-256", "--pwfile", home / "password"]
+    made = subprocess.run([initdb, "-D", home / "data", "-U", "tester", *access, "--no-sync"], **options)
     assert made.returncode == 0, made.stderr
     control = [str(Path(initdb).resolve().parent / "pg_ctl"), "-D", str(home / "data"), "-w", "-l", str(home / "log")]
     settings = f"-p {port} -c listen_addresses=127.0.0.1 -c unix_socket_directories= -c fsync=off"
@@ -148,7 +152,7 @@ def postgresql(tmp_path: Path) -> Iterator[str]:
     quiet = options | {"capture_output": False, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     try:
         assert subprocess.run([*control, "-o", settings, "start"], **quiet).returncode == 0, (home / "log").read_text()
-        yield f"postgresql://tester@127.0.0.1:{port}/postgres"
+        yield f"postgresql://tester:s%40cret@127.0.0.1:{port}/postgres"
     finally:
         subprocess.run([*control, "-m", "immediate", "stop"], **quiet)
         shutil.rmtree(home, ignore_errors=True)
@@ -158,14 +162,17 @@ def postgresql(tmp_path: Path) -> Iterator[str]:
 def test_four_commands_share_a_study_over_postgresql_and_one_is_killed(tmp_path: Path, postgresql: str) -> None:
     path = write_study(tmp_path, storage=postgresql, seeds=1)
     kill_one_of_four(path, commands=4)
+    stored = (tmp_path / "runs/s/study.yaml").read_text()
+    assert "tester@127.0.0.1" in stored and "cret" not in stored + said(path)
     assert not (tmp_path / "runs/s/study.db").exists()
 
 
 def test_stopped_gone_on_with_and_extended(tmp_path: Path) -> None:
     path = write_study(tmp_path)
-    base = yaml.safe_load(path.read_text())["base"]
+    short = path.read_text()
+    base = yaml.safe_load(short)["base"]
     base["training"]["max_steps"] = 200
-    longer = {"base": base, "space": {"weight_decay": [1]}}
+    longer = {"base": base, "space": {"weight_decay": [0.1]}, "baseline": {"weight_decay": 1}}  # which is too much
     path = write_study(tmp_path, **longer, seeds=1)
     command = start(path)
     first = tmp_path / "runs/s/baseline-seed0"
@@ -180,7 +187,7 @@ def test_stopped_gone_on_with_and_extended(tmp_path: Path) -> None:
     code, words = finish(path)
     assert code == 0 and "no intervals" in words and "fresh seeds" in words, words
     assert "goes on from step" in (first / "train.log").read_text()
-    names = ["baseline-seed0", "baseline-seed1", "weight_decay=1-seed0", "weight_decay=1-seed1"]
+    names = ["baseline-seed0", "baseline-seed1", "weight_decay=0.1-seed0", "weight_decay=0.1-seed1"]
     assert trained_to_the_end(tmp_path) == dict.fromkeys(names, 1)
     path = write_study(tmp_path, **longer, seeds=2)  # the confirmation's runs are those of the new seed
     code, words = finish(path)
@@ -190,7 +197,7 @@ def test_stopped_gone_on_with_and_extended(tmp_path: Path) -> None:
     assert code == 0 and "4 finished" in words and "best so far" in words, words
 
     # Another base under the same name is refused before anything is touched.
-    code, words = finish(write_study(tmp_path, space={"weight_decay": [1]}))
+    code, words = finish(write_study(tmp_path, **longer | {"base": yaml.safe_load(short)["base"]}))
     assert code == 2 and "training.max_steps: the run has 200, asked for is 40" in words, words
     assert "Traceback" not in words and trained_to_the_end(tmp_path) == dict.fromkeys(names, 1)
 
@@ -219,40 +226,23 @@ def test_a_search_tries_as_many_points_as_asked(tmp_path: Path, monkeypatch: pyt
     monkeypatch.chdir(tmp_path)
     study = read_study("study.yaml")
     assert {study.run_directory(point, 0).name for point in study.points()} == set(ends)
-    assert winner(study) in study.points()[1:]
+    assert to_confirm(study) in [None, *study.points()[1:]]
     assert finish(path)[0] == 0 and trained_to_the_end(tmp_path) == ends  # and none more when started again
 
 
-def test_the_queue_hands_each_task_out_once_and_again_when_its_worker_is_silent(
+def test_the_confirmation_that_another_command_began_is_gone_on_with(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("studies.queue.GRACE", 1)
-    monkeypatch.chdir(tmp_path)
-    study = read_study(str(write_study(tmp_path)))
-    wanted = [(point, seed) for point in study.points() for seed in study.seeds]
-    one, other = Queue(study), Queue(study)
-    one.fill(wanted)
-    other.fill(wanted)
-    claimed = [queue.claim() for queue in (one, other, one, other)]
-    assert sorted((task.point.name, task.seeds[0]) for task in claimed if task) == [
-        (point.name, seed) for point, seed in wanted
-    ]
-    assert one.claim() is None and one.busy() == 4
-    silent, *alive = [task for task in claimed if task]
-    for _ in range(6):
-        time.sleep(0.5)
-        for task in alive:
-            one.beat(task)
-    again = other.claim()
-    assert again is not None and (again.point, again.seeds) == (silent.point, silent.seeds) and other.claim() is None
-    one.tell(silent, 1.0)  # it was not dead after all
-    for task in (again, *alive):
-        other.put_back(task)
-    assert one.busy() == 0
-    fewer = read_study(str(write_study(tmp_path, seeds=1)))
-    Queue(fewer).fill([(point, 0) for point in fewer.points()])
-    left = [one.claim() for _ in range(3)]
-    assert sorted(task.seeds[0] for task in left if task) == [0, 0]  # what the study has no more is taken out
+    study = make_study(tmp_path, space={"regularizers.weight_decay": [0.3, 3]})
+    write_runs(study, lambda point: -0.1 * (point.name == "weight_decay=3"))
+    base, *_, best = study.points()
+    Queue(study).fill([(point, seed) for point in (base, best) for seed in confirmation_seeds(study)])
+    worked: list[int] = []
+    monkeypatch.setattr("studies.runner.prepare", lambda _: None)
+    monkeypatch.setattr("signal.signal", lambda *_: None)
+    monkeypatch.setattr("studies.runner.Crew.work", lambda _, left: worked.append(left))
+    assert run_study(study) == 4  # nobody worked
+    assert worked == [0, 6]
 
 
 def test_a_process_does_not_outlive_the_one_that_started_it() -> None:

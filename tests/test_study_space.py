@@ -57,13 +57,15 @@ def test_a_list_is_its_points_under_their_names() -> None:
 
 
 def test_the_config_of_a_run() -> None:
-    of = study(base={"run": {"dir": "elsewhere"}, "training": {"max_epochs": 2}}, space={"max_steps": [5]}, seeds=[7])
+    base = {"run": {"dir": "elsewhere", "resume": "never"}, "training": {"max_epochs": 2}}
+    of = study(base=base, space={"max_steps": [5]}, seeds=[7])
     config = of.config(of.points()[1], 7)
     assert (config.training.max_steps, config.training.max_epochs) == (
         5,
         None,
     )  # the point's length replaces the base's
     assert (config.run.seed, config.run.dir, config.run.name) == (7, "elsewhere/s", "max_steps=5-seed7")
+    assert config.run.resume == "auto"  # else a run that is gone on with would begin anew
     assert of.run_directory(of.points()[1], 7) == Path("elsewhere/s/max_steps=5-seed7")
     assert (config.tracking.group, config.tracking.tags) == ("s", ["max_steps=5"])
     assert parse(flags(config)) == config
@@ -124,11 +126,16 @@ def test_all_mistakes_are_told_at_once(tmp_path: Path) -> None:
         ({"search": "tpe", "trials": 3, "space": {"lr": {"min": 2, "max": 1}}}, "min 2 must be below max 1"),
         ({"search": "tpe", "trials": 3, "space": {"lr": {"min": 0, "max": 1, "log": True}}}, "log needs a min above 0"),
         ({"search": "tpe", "trials": 3, "space": {"mlp_dropout": {"min": 0, "max": 2}}}, "must be less than 1"),
+        (
+            {"search": "tpe", "trials": 3, "space": {"ema_decay": {"min": 0.5, "max": 0.9}, "swa_start": [0.25, 0.5]}},
+            "exclude each other",
+        ),
         ({"search": "list"}, "must be a list of points"),
         ({"search": "gird"}, "'grid', 'list' or 'tpe'"),
         ({"metric": "val/los"}, "did you mean val/loss?"),
         ({"metric": "test/loss"}, "selects on val"),
         ({"storage": "mysql://x"}, "storage = 'mysql://x'"),
+        ({"storage": "mysql://me:secret@x"}, "storage = 'mysql://...@x'"),
         ({"base": "configs/nope.yaml"}, "there is no config file"),
         ({"baseline": {"ema_decay": 0.9, "swa_start": 0.5}}, "exclude each other"),
     ],
@@ -151,7 +158,8 @@ def test_a_mistake_exits_with_2_and_no_traceback(tmp_path: Path) -> None:
 
 def test_what_cannot_be_compared_is_warned_of() -> None:
     assert "val/bits_per_byte" in study(space={"vocab_size": [1000, 2000]}).warnings()[0]
-    assert "changes the text" in study(space={"val_fraction": [0.1, 0.2]}).warnings()[0]
+    for space in ({"val_fraction": [0.1, 0.2]}, {"isolate_documents": [True]}, {"text_field": ["text", "title"]}):
+        assert "changes what val/loss is measured on" in study(space=space).warnings()[0]
 
 
 def test_a_resolved_study_stands_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import subprocess
 import sys
@@ -13,14 +12,16 @@ from typing import Any
 
 from tqdm import tqdm
 
-from benchmarks.timing import spread
+from benchmarks.opponents import Shape
+from benchmarks.timing import ratio, spread
 from config import Failure
+from studies.processes import cores
 from training.run_directory import read_metrics
 
 SHAPES = {
-    "4x128, context 64, batch 12": ((4, 128, 4, 64, 12), 150),
-    "6x384, context 256, batch 8": ((6, 384, 6, 256, 8), 10),
-}  # layers, width, heads, context, sequences in a step; steps of a run
+    "4x128, context 64, batch 12": (Shape(4, 128, 4, 64, 12, 257), 150),
+    "6x384, context 256, batch 8": (Shape(6, 384, 6, 256, 8, 257), 10),
+}  # and the steps of a run
 UNCOUNTED = 4  # first steps of a run
 REFERENCE = "1 process"
 
@@ -39,44 +40,43 @@ def launches(cores: int) -> dict[str, tuple[int, int, str]]:
 
 def measure(rounds: int = 3) -> dict[str, Any]:
     """Milliseconds of a step for each shape and launch [rounds], and of a checkpoint; two micro-batches a step."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 2
     results: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as scratch:
-        for shape, (size, steps) in SHAPES.items():
-            times: dict[str, list[float]] = {name: [] for name in launches(cores)}
+        for title, (shape, steps) in SHAPES.items():
+            times: dict[str, list[float]] = {name: [] for name in launches(cores())}
             saves: list[float] = []
-            turns = [(name, *launch) for _ in range(rounds) for name, launch in launches(cores).items()]
-            for name, world, threads, sums in tqdm(turns, disable=None, leave=False, desc=shape):
-                run = run_once(Path(scratch), size, steps, world, threads, sums)
+            turns = [(name, *launch) for _ in range(rounds) for name, launch in launches(cores()).items()]
+            for name, world, threads, sums in tqdm(turns, disable=None, leave=False, desc=title):
+                run = run_once(Path(scratch), shape, steps, world, threads, sums)
                 records = read_metrics(run)[UNCOUNTED:]
-                tokens = size[3] * size[4]
-                times[name].append(spread([1000 * tokens / record["train/tokens_per_second"] for record in records])[0])
+                times[name].append(
+                    spread([1000 * shape.tokens / record["train/tokens_per_second"] for record in records])[0]
+                )
                 if name == REFERENCE:
                     saves.append(1000 * seconds_to_save(run))
                 shutil.rmtree(run)
-            results[shape] = {"step_ms": times, "checkpoint_ms": saves}
+            results[title] = {"step_ms": times, "checkpoint_ms": saves}
     return results
 
 
-def run_once(directory: Path, size: tuple[int, ...], steps: int, world: int, threads: int, sums: str) -> Path:
+def run_once(directory: Path, shape: Shape, steps: int, world: int, threads: int, sums: str) -> Path:
     """Train in a process of its own, or under torchrun; the run directory. Raises Failure with what it said."""
-    layers, width, heads, context, sequences = size
     words = {
         "run.dir": directory / "runs",
         "run.name": "timed",
         "run.threads": threads,
         "data.tokenizer": "byte",
         "data.max_documents": 100,
-        "model.n_layers": layers,
-        "model.d_model": width,
-        "model.n_heads": heads,
-        "model.context_length": context,
-        "training.global_batch_size": sequences,
-        "training.micro_batch_size": sequences // 2,
+        "model.n_layers": shape.n_layers,
+        "model.d_model": shape.d_model,
+        "model.n_heads": shape.n_heads,
+        "model.context_length": shape.context,
+        "training.global_batch_size": shape.batch,
+        "training.micro_batch_size": shape.batch // 2,
         "training.max_steps": steps,
         "training.deterministic": sums,
         "evaluation.every": steps,
-        "evaluation.max_tokens": context,
+        "evaluation.max_tokens": shape.context,
         "evaluation.sample_tokens": 0,
         "tracking.wandb": "disabled",
         "tracking.log_every": 1,
@@ -108,9 +108,8 @@ def table(results: dict[str, Any]) -> list[str]:
         reference = result["step_ms"][REFERENCE]
         lines.append(f"{shape}, two micro-batches a step")
         for name, times in result["step_ms"].items():
-            times_more = spread([time / other for time, other in zip(times, reference, strict=True)])[0]
-            milliseconds, low, high = spread(times)
-            lines.append(f"  {times_more:5.2f}  {name:<28} {milliseconds:8.1f} ms a step ({low:.1f} to {high:.1f})")
+            more, (milliseconds, low, high) = ratio(times, reference)[0], spread(times)
+            lines.append(f"  {more:5.2f}  {name:<28} {milliseconds:8.1f} ms a step ({low:.1f} to {high:.1f})")
         milliseconds, low, high = spread(result["checkpoint_ms"])
         steps = milliseconds / spread(reference)[0]
         lines.append(f"  {steps:5.2f}  {'a checkpoint, in steps':<28} {milliseconds:8.1f} ms ({low:.1f} to {high:.1f})")

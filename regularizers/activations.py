@@ -58,6 +58,7 @@ class _Drop(torch.autograd.Function):
         return out
 
     @staticmethod
+    @torch.autograd.function.once_differentiable
     def backward(context: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
         (kept,) = context.saved_tensors
         gradient = gradient * context.scale

@@ -13,7 +13,7 @@ import math
 import uuid
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -168,10 +168,8 @@ class Queue:
 
     def beat(self, task: Task) -> None:
         """A sign of life. A database that is away for a while does not hinder a run."""
-        try:
+        with suppress(*AWAY):
             self.storage.record_heartbeat(task.trial)
-        except AWAY:
-            pass
 
     @patient
     def put_back(self, task: Task) -> None:
@@ -188,10 +186,8 @@ class Queue:
         self._set(task, TrialState.COMPLETE, [value if math.isfinite(value) else worst])
 
     def _set(self, task: Task, state: TrialState, values: list[float] | None = None) -> None:
-        try:
+        with suppress(optuna.exceptions.UpdateFinishedTrialError):  # taken for dead, and who took over was faster
             self.storage.set_trial_state_values(task.trial, state, values)
-        except optuna.exceptions.UpdateFinishedTrialError:
-            pass  # we were taken for dead, and whoever took over was faster
 
     def _trials(self, *states: TrialState) -> list[FrozenTrial]:
         return self.shared.get_trials(deepcopy=False, states=states or None)

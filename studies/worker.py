@@ -99,10 +99,8 @@ class Worker:
                 return True
             if self.told_to_stop:
                 return None
-            if (
-                code == PREEMPTED or "is in use by" in said
-            ):  # stopped by someone else, or another was faster: look again
-                continue
+            if code == PREEMPTED or "is in use by" in said:
+                continue  # it was stopped by someone else, or another was faster: look again
             reason = reason_of(said, code)
             if not in_use(directory):
                 update_summary(directory, status="failed", error=reason)

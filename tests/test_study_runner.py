@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -126,10 +127,7 @@ def postgresql(tmp_path: Path) -> Iterator[str]:
     if initdb is None:
         pytest.skip("no PostgreSQL server (initdb) is installed")
     options: dict[str, Any] = {"capture_output": True, "text": True, "cwd": "/"}
-    home = Path("/tmp") if os.geteuid() == 0 else tmp_path
-    home = Path(
-        subprocess.run(["mktemp", "-d", str(home / "pg.XXXXXX")], capture_output=True, text=True).stdout.strip()
-    )
+    home = Path(tempfile.mkdtemp(dir="/tmp" if os.geteuid() == 0 else tmp_path))  # pytest's own is closed to others
     if os.geteuid() == 0:  # PostgreSQL refuses to be run by root
         import pwd
 

@@ -66,7 +66,7 @@ def torchrun(flags: list[str], directory: Path, *options: str, **environment: st
     )
 
 
-def children(pid: int) -> dict[int, int]:
+def workers_of(pid: int) -> dict[int, int]:
     """The live train.py processes below ``pid`` by rank, from /proc."""
     found = {}
     for entry in Path("/proc").iterdir():

@@ -21,7 +21,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from conftest import ROOT, TINY, flags_of, made_up_text
-from launch import children
+from launch import workers_of
 from oracle import flip, launched, same_as
 from test_regularized_run import EVERYTHING
 from tqdm import tqdm
@@ -141,7 +141,7 @@ def hit(process: subprocess.Popen[str], run: Path, world: int, draw: random.Rand
     if process.poll() is not None:
         assert read_summary(run).get("status") == "finished", "it ended by itself before it was finished"
         return NOTHING
-    workers = list(children(process.pid).values()) if world > 1 else [process.pid]
+    workers = list(workers_of(process.pid).values()) if world > 1 else [process.pid]
     to_torchrun = not workers or (world > 1 and draw.random() < 0.25)
     names = ["SIGKILL", "SIGKILL", "SIGTERM"]
     names += [] if to_torchrun else ["SIGUSR1"]  # which torchrun does not know
@@ -192,4 +192,7 @@ def damage_newest(run: Path, draw: random.Random) -> bool:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    try:
+        raise SystemExit(main())
+    except KeyboardInterrupt:
+        raise SystemExit("interrupted; nothing had differed so far") from None

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from launch import children, end, free_port, start, torchrun, wait_until
+from launch import end, free_port, start, torchrun, wait_until, workers_of
 from oracle import same_as
 from test_regularized_run import KNOBS
 
@@ -99,7 +99,7 @@ def test_a_killed_rank_is_started_again_by_torchrun(tiny: Flags, tmp_path: Path)
     process = torchrun(tiny(**knobs), tmp_path, *launcher, "--max-restarts=1", WANDB_MODE="offline")
     wait_until(lambda: len(read_metrics(run)) >= 4, process)
     identity = (run / "wandb_id").read_text()
-    os.kill(children(process.pid)[1], signal.SIGKILL)
+    os.kill(workers_of(process.pid)[1], signal.SIGKILL)
     output, errors = process.communicate(timeout=120)
     assert process.returncode == 0, errors
     assert "goes on from step" in output
@@ -145,7 +145,7 @@ def test_a_rank_that_hangs_is_named(rank: int, tiny: Flags, tmp_path: Path) -> N
 def test_no_worker_outlives_torchrun(tiny: Flags, tmp_path: Path) -> None:
     process = torchrun(tiny(training__max_steps=100_000, **SHARED), tmp_path, "--standalone", "--nproc_per_node=2")
     wait_until(lambda: read_metrics(tmp_path / "runs/tiny"), process)
-    workers = children(process.pid)
+    workers = workers_of(process.pid)
     assert sorted(workers) == [0, 1]
     process.kill()
     process.wait()

@@ -22,7 +22,7 @@ from config import BadInput, Config, Failure
 def main(arguments: list[str]) -> int:
     """One run; returns the exit code."""
     config = parse(arguments, __doc__ or "")
-    torch_environment()
+    import_torch()
     from training import distributed
     from training.run_directory import path_of, read_summary, update_summary
 
@@ -346,10 +346,14 @@ def stop_after_this_step(number: int, told_to_stop: list[int]) -> None:
         print("\nstopping after this step; its checkpoint is saved", flush=True)
 
 
-def torch_environment() -> None:
-    """Settings that must stand before torch is imported."""
+def import_torch() -> None:
+    """Import torch with its settings in place; signals wait, for one that struck in its C++ part would abort us."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT, signal.SIGUSR1})
+    import torch  # noqa: F401
+
+    signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 if __name__ == "__main__":

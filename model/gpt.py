@@ -130,6 +130,16 @@ def rotate(x_BHTC: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
 
 
+def gelu(x: Tensor) -> Tensor:
+    """GELU in GPT-2's tanh form (Hendrycks 2016).
+
+    In bf16 on a CPU x·Φ(x) itself, which the tanh form approximates to 0.0005: less than bf16 rounds either by, and
+    done in a quarter of the time there.
+    """
+    exact = x.device.type == "cpu" and x.dtype == torch.bfloat16
+    return F.gelu(x, approximate="none" if exact else "tanh")
+
+
 class MLP(nn.Module):
     """GELU(tanh) for gpt2, SwiGLU for the others; its input matrix holds gate and value side by side."""
 
@@ -145,7 +155,7 @@ class MLP(nn.Module):
             gate_BTF, value_BTF = self.input(x_BTD).chunk(2, dim=-1)
             hidden_BTF = F.silu(gate_BTF) * value_BTF
         else:
-            hidden_BTF = F.gelu(self.input(x_BTD), approximate="tanh")
+            hidden_BTF = gelu(self.input(x_BTD))
         return self.output(self.dropout(hidden_BTF))
 
 

@@ -124,10 +124,12 @@ def train(config: Config, directory: Path, hardware: Any) -> int:
     # ---------------------------------------------------------------- model and optimizer
     model = GPT(config.model, corpus.vocab_size, config.regularizers).initialize(seed)
     model.to(hardware.device)
+    stored = before.get("hardware", {})
+    hardware = distributed.decide_compile(hardware, config, stored, model.count_parameters(), total_steps)
     optimizers = build_optimizers(model, config)
     average = WeightAverage(regularizers, total_steps)
     gradients = GradientSum(model, hardware, training.micro_batches, training.deterministic == "strict")
-    forward = torch.compile(model) if hardware.compile else model
+    forward = torch.compile(model, dynamic=False) if hardware.compile else model
 
     # ---------------------------------------------------------------- resume
     checkpoints = directory / "checkpoints"
@@ -169,7 +171,7 @@ def train(config: Config, directory: Path, hardware: Any) -> int:
             checkpoint.set_aside_newer(checkpoints, step)
             run_directory.point_at(directory, step, best)
         warnings += damaged + run_directory.version_warnings(before.get("versions", {}))
-        for warning in warnings + run_directory.hardware_warnings(before.get("hardware", {}), hardware.describe()):
+        for warning in warnings + run_directory.hardware_warnings(stored, hardware.describe()):
             run_directory.say(warning)
         run_directory.copy_tokenizer(directory, corpus.directory)
         run_directory.update_summary(
@@ -194,6 +196,9 @@ def train(config: Config, directory: Path, hardware: Any) -> int:
     # ---------------------------------------------------------------- steps
     model.train()
     tokenizer = corpus.tokenizer()
+    mine = distributed.my_micro_batches(hardware, training.micro_batches)
+    batches = loader.batches(range(step, total_steps), mine, training.micro_size, hardware.device)
+    batch: Any = next(batches, None)
     seconds, steps_timed = 0.0, 0
     stopped_early = patience_is_over(val_losses, regularizers)
     while step < total_steps and not stopped_early:
@@ -201,16 +206,16 @@ def train(config: Config, directory: Path, hardware: Any) -> int:
         ratio = learning_rate_ratio(config.schedule, step, total_steps)
         set_learning_rate(optimizers, ratio)
         set_weight_decay(optimizers, weight_decay_at(regularizers, step, total_steps))
-        for micro_batch in distributed.my_micro_batches(hardware, training.micro_batches):
-            first = micro_batch * training.micro_size
-            batch = loader.batch(step, first, training.micro_size).to(hardware.device)
-            samples += fingerprint(step * training.global_batch_size + first, batch.sample_ids_B)
+        for micro_batch in mine:
+            first = step * training.global_batch_size + micro_batch * training.micro_size
+            samples += fingerprint(first, batch.sample_ids_B)
             place = (seed, step, micro_batch)  # all that the randomness of this micro-batch depends on
             terms = differentiate(batch, place, model, forward, config, targets_in_step, hardware)
             strike("gradient", step + 1, chain(terms.values(), (weight.grad for weight in model.parameters())))
             # What is summed along with the gradients: the loss terms, and whether this process was told to stop.
             told = terms["objective"].new_full((), bool(told_to_stop))
             gradients.add(micro_batch, torch.stack([*(terms[name].detach() for name in sorted(terms)), told]))
+            batch = next(batches, None)  # the next one, while a GPU still computes: nothing has waited for it yet
         sums_N = gradients.total()
         add_penalty_gradients(decayed_parameters(optimizers).values(), regularizers)
         norm = clip_gradients(model, config.optimizer.grad_clip)

@@ -16,7 +16,7 @@ from data.loader import Batch
 from model.gpt import GPT
 from regularizers.averaging import WeightAverage
 from regularizers.weights import add_penalty_gradients
-from training.distributed import start
+from training.distributed import decide_compile, start
 from training.gradients import GradientSum
 from training.optimizer import build_optimizers, clip_gradients, decayed_parameters
 from training.step import differentiate
@@ -35,7 +35,7 @@ def everything_on(**changes: Any) -> dict[str, Any]:
 
 
 def our_step(
-    shape: Shape, precision: str, regularizers: dict[str, Any], **model: Any
+    shape: Shape, precision: str, regularizers: dict[str, Any], compile: str = "off", **model: Any
 ) -> Callable[[Tensor, Tensor], Any]:
     """``step(tokens_BT, targets_BT)``: forward, backward, clip, optimizer, average, as train.py does them."""
     sizes = {"n_layers": shape.n_layers, "d_model": shape.d_model, "n_heads": shape.n_heads}
@@ -44,15 +44,16 @@ def our_step(
             "model": {"family": "gpt2", "context_length": shape.context, **sizes, **model},
             "training": {"global_batch_size": shape.batch, "max_steps": 1000},
             "regularizers": regularizers,
-            "run": {"precision": precision},
+            "run": {"precision": precision, "compile": compile},
         }
     )
     hardware = start(config.run)
     network = GPT(config.model, shape.vocab_size, config.regularizers).initialize(0).to(hardware.device)
+    hardware = decide_compile(hardware, config, {}, network.count_parameters(), 1000)
     optimizers = build_optimizers(network, config)
     average = WeightAverage(config.regularizers, 1000)
     gradients = GradientSum(network, hardware, 1, strict=False)
-    forward = torch.compile(network) if hardware.compile else network
+    forward = torch.compile(network, dynamic=False) if hardware.compile else network
     steps = count()
 
     def step(tokens_BT: Tensor, targets_BT: Tensor) -> float:

@@ -25,7 +25,7 @@ Shapes: B sequences, T tokens.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -118,6 +118,12 @@ class TrainingLoader:
             starts.append(starts_within(epoch.starts, begin, end - 1))
             ids.append(number * self.windows_per_epoch + window)
         return make_batch(windows, starts if self.isolate_documents else None, ids)
+
+    def batches(
+        self, steps: Iterable[int], micro_batches: Iterable[int], size: int, device: torch.device
+    ) -> Iterator[Batch]:
+        """The micro-batches of these numbers, of ``size`` sequences, of one step after the other, on ``device``."""
+        return (self.batch(step, number * size, size).to(device) for step in steps for number in micro_batches)
 
     def _epoch(self, number: int) -> Epoch:
         if number not in self._epochs:

@@ -46,6 +46,17 @@ def keep_bits(shape: torch.Size, p: float, like: torch.dtype, device: torch.devi
     return difference.bitwise_right_shift_(size - 1).to(_SIGNED[8 * like.itemsize]), q
 
 
+@torch.library.custom_op("wellposed::kept", mutates_args=(), tags=(torch.Tag.nondeterministic_seeded,))
+def _kept(shape: list[int], p: float, device: torch.device) -> Tensor:
+    """``keep_bits`` in bytes, as one operation of compiled code: the compiler's own draws and shifts are slow."""
+    return keep_bits(torch.Size(shape), p, torch.int8, device)[0]
+
+
+@_kept.register_fake
+def _(shape: list[int], p: float, device: torch.device) -> Tensor:
+    return torch.empty(shape, dtype=torch.int8, device=device)
+
+
 class _Drop(torch.autograd.Function):
     """Scale, then AND with the kept bits; the same on the way back."""
 
@@ -87,6 +98,8 @@ class Dropout(nn.Module):
             return x
         if x.device.type != "cpu":
             return F.dropout(x, self.p)
+        if torch.compiler.is_compiling():  # what is fastest is the other way round: AND stays as it is, products fuse
+            return x * _kept(x.shape, self.p, x.device).to(x.dtype) * (-1 / (1 - mask_rate(self.p)[2]))
         kept, q = keep_bits(x.shape, self.p, x.dtype, x.device)
         out: Tensor = _Drop.apply(x, kept, 1 / (1 - q))
         return out

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
@@ -90,6 +91,10 @@ def test_batches_do_not_depend_on_chunks_or_on_earlier_calls(tmp_path: Path) -> 
                     assert (expected is None) == (pieces[0] is None)
                     if expected is not None:
                         assert [row for piece in pieces for row in piece.tolist()] == expected.tolist()
+    # A process that computes the second and third of three micro-batches of two sequences, from step 5 on.
+    coming = loader.batches(range(5, 8), range(1, 3), 2, torch.device("cpu"))
+    ids = [batch.sample_ids_B.tolist() for batch in coming]
+    assert ids == [forward[step].sample_ids_B[first : first + 2].tolist() for step in (5, 6, 7) for first in (2, 4)]
     with pytest.raises(IndexError):
         loader.batch(0, 4, 3)
 

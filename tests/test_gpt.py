@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from config import Model, Regularizers
-from model.gpt import GPT, attend, rotate, rotation_table
+from model.gpt import GPT, attend, gelu, rotate, rotation_table
 from regularizers.activations import Dropout
 
 FAMILIES = get_args(Model.model_fields["family"].annotation)
@@ -210,6 +210,16 @@ def test_evaluation_ignores_every_rate(family: str) -> None:
 
 
 # ---------------------------------------------------------------------------------------------- rotary positions
+
+
+def test_gelu_is_gpt2s_to_the_rounding_of_bf16() -> None:
+    """Against the tanh form in float64, of every bf16 number from -8 to 8: bf16's rounding, and 0.0005."""
+    x = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
+    x = x[x.abs() <= 8]
+    for dtype, unit in ((torch.bfloat16, 2.0**-8), (torch.float32, 2.0**-22)):
+        expected = 0.5 * x.double() * (1 + torch.tanh((2 / math.pi) ** 0.5 * (x.double() + 0.044715 * x.double() ** 3)))
+        allowed = unit * expected.abs() + (5e-4 if dtype == torch.bfloat16 else 1e-6)
+        assert ((gelu(x.to(dtype)).double() - expected).abs() <= allowed).all()
 
 
 def test_rotation_turns_each_pair_by_its_angle() -> None:

@@ -217,7 +217,10 @@ def tell_start(
     if config.training.deterministic == "strict":
         print(f"strict     the gradients of {config.training.micro_batches} micro-batches are added in one fixed order")
     print(f"model      {config.model.family}, {read_summary(directory)['parameters']:,} parameters")
-    print(f"hardware   {', '.join(f'{key} {value}' for key, value in hardware.items())}", flush=True)
+    print(f"hardware   {', '.join(f'{key} {value}' for key, value in hardware.items())}")
+    if hardware["compile"]:
+        print("compile    the first step takes half a minute, and some seconds when the run is started again")
+    sys.stdout.flush()
 
 
 def tell_results(directory: Path, config: Config, summary: dict[str, Any], again: bool) -> None:

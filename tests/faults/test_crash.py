@@ -16,7 +16,7 @@ from oracle import TORCHRUN, Flags, Train, launched, same_as
 from command_line import parse
 from config import BadInput
 from training.checkpoint import newest
-from training.distributed import check_micro_batches
+from training.distributed import check_micro_batches, missing_for_compile
 from training.run_directory import read_metrics, read_summary
 
 
@@ -41,6 +41,21 @@ def test_killed_at_random_again_and_again(
     ended = train(breakable())
     assert ended.returncode == 0, ended.stderr
     same_as(whole_run, run)
+
+
+@pytest.mark.slow
+@pytest.mark.fault(1)
+def test_a_compiled_run_goes_on_the_same(train: Train, breakable: Flags, tmp_path: Path) -> None:
+    """Compiled anew, then from the cache: masks repeat, and so does the order in which threads add up gradients."""
+    if missing_for_compile():
+        pytest.skip("torch.compile needs a C++ compiler here")
+    cache = {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "compiled")}
+    flags = breakable(run__compile="on", regularizers__stochastic_depth=0.2)
+    assert train([*flags, "--run.name=alone"], **cache).returncode == 0
+    assert train(flags, WELLPOSED_FAULT="gradient:0:14:kill", **cache).returncode == -signal.SIGKILL
+    ended = train(flags, **cache)
+    assert ended.returncode == 0 and "goes on from step 12\n" in ended.stdout, ended.stderr
+    same_as(tmp_path / "runs/alone", tmp_path / "runs/tiny")
 
 
 # Where the run dies, what it finds when it is started again, and what the dead left lying there.

@@ -1,0 +1,47 @@
+"""How ``auto`` is resolved: from config and machine alone. What several processes share is tested in faults/."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from config import BadInput, Config
+from training.distributed import Hardware, decide_compile, estimated_seconds, missing_for_compile
+
+TWO_CORES = Hardware(0, 1, torch.device("cpu"), "fp32", False, 2)
+SIZE = {"n_layers": 4, "d_model": 128, "n_heads": 4, "context_length": 64}
+
+
+def small(compile: str = "auto") -> Config:
+    return Config.model_validate(
+        {"model": SIZE, "training": {"global_batch_size": 12, "max_steps": 9}, "run": {"compile": compile}}
+    )
+
+
+def test_the_estimate_of_a_run_is_that_worked_by_hand() -> None:
+    """768 tokens x (6 x 800,000 + 12 x 4 x 128 x 64) = 3.988e9 operations: 19.94 ms, and 4 for the layers."""
+    assert estimated_seconds(small(), 800_000, 1000, cores=2) == pytest.approx(23.94, abs=0.01)
+
+
+@pytest.mark.parametrize(("wanted", "steps", "stored", "expected"), [
+    ("auto", 25_000, {}, False),  # 9 min 58 s
+    ("auto", 25_100, {}, True),
+    ("on", 1, {}, True),
+    ("off", 10**6, {}, False),
+    ("auto", 10**6, {"device": "cpu", "processes": 1, "compile": False}, False),
+    ("auto", 1, {"device": "cpu", "processes": 1, "compile": True}, True),
+    ("auto", 1, {"device": "cuda", "processes": 1, "compile": True}, False),
+])  # fmt: skip
+def test_compiling_is_decided_by_the_length_of_the_run(wanted: str, steps: int, stored: dict, expected: bool) -> None:
+    if missing_for_compile():
+        pytest.skip("torch.compile needs a C++ compiler here")
+    assert decide_compile(TWO_CORES, small(wanted), stored, 800_000, steps) == replace(TWO_CORES, compile=expected)
+
+
+def test_without_a_compiler_nothing_is_compiled_unless_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    assert not decide_compile(TWO_CORES, small(), {}, 800_000, 10**6).compile
+    with pytest.raises(BadInput, match=r"run.compile=on needs a C\+\+ compiler; .* run.compile=off"):
+        decide_compile(TWO_CORES, small("on"), {}, 800_000, 1)

@@ -80,14 +80,7 @@ def full_loss(model: PlainGPT2, tokens_N: Tensor) -> float:
 
 def ours(text: str, seed: int) -> dict[str, float]:
     """train.py up to the first evaluation at the goal."""
-    root = Path(__file__).parent.parent
-    with tempfile.TemporaryDirectory() as scratch:
-        command = [sys.executable, "train.py", CONFIG, f"--data.path={Path(text).resolve()}", f"--run.seed={seed}"]
-        command += [f"--run.dir={scratch}", "--run.name=race", "--tracking.wandb=disabled", "--tracking.log_every=1"]
-        ended = subprocess.run(command, cwd=root, capture_output=True, text=True)
-        if ended.returncode:
-            raise Failure(f"{' '.join(command)} ended with {ended.returncode}:\n{ended.stderr[-2000:]}")
-        records = read_metrics(Path(scratch) / "race")
+    records = records_of(CONFIG, f"--data.path={Path(text).resolve()}", f"--run.seed={seed}")
     seconds, tokens = 0.0, 0
     for record in records:
         seconds += (record["tokens"] - tokens) / record["train/tokens_per_second"]
@@ -95,6 +88,18 @@ def ours(text: str, seed: int) -> dict[str, float]:
         if record.get("val/loss", math.inf) <= GOAL:
             break
     return {"seconds": seconds, "steps": record["step"], "loss": record.get("val/loss", math.nan)}
+
+
+def records_of(*words: str) -> list[dict[str, Any]]:
+    """The metrics of each step of a run of train.py with these words, which is then thrown away."""
+    root = Path(__file__).parent.parent
+    with tempfile.TemporaryDirectory() as scratch:
+        command = [sys.executable, "train.py", *words, f"--run.dir={scratch}", "--run.name=benchmark"]
+        command += ["--tracking.wandb=disabled", "--tracking.log_every=1"]
+        ended = subprocess.run(command, cwd=root, capture_output=True, text=True)
+        if ended.returncode:
+            raise Failure(f"{' '.join(command)} ended with {ended.returncode}:\n{ended.stderr[-2000:]}")
+        return read_metrics(Path(scratch) / "benchmark")
 
 
 def table(results: dict[str, Any]) -> list[str]:

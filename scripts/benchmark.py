@@ -7,8 +7,9 @@ python -m scripts.benchmark race --text tinyshakespeare.txt
 steps       a training step: nothing, dropout and everything on, against a plain GPT-2 and Hugging Face's
 losses      the objective at a vocabulary of 50,257: time and memory
 pipeline    preparing a corpus, loading batches, the time to the first step
-race        the training time to nanoGPT's CPU result on tiny Shakespeare; only when asked for
 processes   what two processes, strict sums and a checkpoint cost, against a step of one process
+precision   the loss that the same run reaches in fp32 and in bf16, over several seeds
+race        the training time to nanoGPT's CPU result on tiny Shakespeare; only when asked for
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from typing import Any
 from command_line import FINISHED, run
 from config import BadInput
 
-PARTS = ("steps", "losses", "pipeline", "processes", "race")
+PARTS = ("steps", "losses", "pipeline", "processes", "precision", "race")
 
 
 def main(arguments: list[str]) -> int:

@@ -10,7 +10,7 @@ of the whole optimizer step, 0 where there is no target), the objective is the s
 and its gradient with respect to z has a closed form, which is formed chunk by chunk while the loss is
 computed: the logits of all tokens never exist at once, and no matrix product is done twice.
 
-Shape suffixes: N tokens, R tokens of one chunk, D width, V vocabulary.
+Shape suffixes: N tokens, R tokens of one chunk, D width, V vocabulary, P vocabulary with padding.
 """
 
 from __future__ import annotations
@@ -19,11 +19,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from config import Regularizers
 
 # Numbers in the logits of one chunk: 64 MB in fp32 on a CPU; GPUs want larger products to be busy.
 CHUNK_NUMBERS = {"cpu": 2**24, "cuda": 2**28}
+# GPUs multiply matrices fast whose rows are aligned: there the products, and nothing else, see V rounded up to this.
+VOCABULARY_MULTIPLE = {"cuda": 64}
 
 
 def objective(
@@ -61,6 +64,11 @@ def objective(
     return terms
 
 
+def padded(matrix: Tensor, rows: int = 0, columns: int = 0) -> Tensor:
+    """The matrix with so many rows of zeros below it and columns beside it."""
+    return F.pad(matrix, (0, columns, 0, rows)) if rows or columns else matrix
+
+
 class _ChunkedObjective(torch.autograd.Function):
     """Computes the gradients in the forward pass, one chunk of tokens at a time."""
 
@@ -75,9 +83,10 @@ class _ChunkedObjective(torch.autograd.Function):
         mixed: tuple[Tensor, Tensor] | None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         smoothing, c, beta = knobs
-        weight = weight_VD.to(hidden_ND.dtype)
+        padding = -len(weight_VD) % VOCABULARY_MULTIPLE.get(hidden_ND.device.type, 1)
+        weight_PD = padded(weight_VD.to(hidden_ND.dtype), rows=padding)
         exact = torch.float64 if hidden_ND.dtype == torch.float64 else torch.float32
-        vocabulary = weight.shape[0]
+        vocabulary = len(weight_VD)
         spread = smoothing / (vocabulary - 1)
         needs_hidden, needs_weight = context.needs_input_grad[:2]
         hidden_grad = torch.empty_like(hidden_ND) if needs_hidden else None
@@ -90,7 +99,7 @@ class _ChunkedObjective(torch.autograd.Function):
                 target_R1 = targets_N[start : start + rows, None]
                 w_R1 = (target_R1 >= 0).to(exact) / n_targets
                 target_R1 = target_R1.clamp(min=0)
-                z_RV = (hidden_RD @ weight.T).to(exact)
+                z_RV = (hidden_RD @ weight_PD.T)[:, :vocabulary].to(exact)
                 z_target_R1 = z_RV.gather(1, target_R1)
                 if mixed is not None:
                     other_R1, share_R1 = (part[start : start + rows, None] for part in mixed)
@@ -138,14 +147,14 @@ class _ChunkedObjective(torch.autograd.Function):
                     grad_RV.scatter_add_(1, other_R1, on_target_R1 * (1 - share_R1))
                     on_target_R1 = on_target_R1 * share_R1
                 grad_RV.scatter_add_(1, target_R1, on_target_R1.to(exact))
-                grad_RV = grad_RV.to(hidden_ND.dtype)
+                grad_RP = padded(grad_RV.to(hidden_ND.dtype), columns=padding)
                 if hidden_grad is not None:
-                    torch.mm(grad_RV, weight, out=hidden_grad[start : start + rows])
+                    torch.mm(grad_RP, weight_PD, out=hidden_grad[start : start + rows])
                 if weight_grad is not None:
-                    if exact == hidden_ND.dtype:
-                        weight_grad.addmm_(grad_RV.T, hidden_RD)
+                    if exact == hidden_ND.dtype and not padding:
+                        weight_grad.addmm_(grad_RP.T, hidden_RD)
                     else:
-                        weight_grad += grad_RV.T @ hidden_RD
+                        weight_grad += (grad_RP.T @ hidden_RD)[:vocabulary]
         weight_grad = weight_grad.to(weight_VD.dtype) if weight_grad is not None else None
         context.save_for_backward(hidden_grad, weight_grad)
         value, loss, z_loss, entropy = sums.unbind()

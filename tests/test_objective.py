@@ -45,10 +45,12 @@ def reference(hidden: Tensor, weight: Tensor, target: Tensor, knobs: Regularizer
 
 @pytest.mark.parametrize("smoothing,z,beta", list(product((0.0, 0.1), (0.0, 1e-2), (0.0, 0.3))))
 @pytest.mark.parametrize("chunk", [64 * V, 2**24])
+@pytest.mark.parametrize("multiple", [1, 64])
 def test_every_combination_equals_its_float64_reference(
-    smoothing: float, z: float, beta: float, chunk: int, monkeypatch: pytest.MonkeyPatch
+    smoothing: float, z: float, beta: float, chunk: int, multiple: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(module.CHUNK_NUMBERS, "cpu", chunk)
+    monkeypatch.setitem(module.VOCABULARY_MULTIPLE, "cpu", multiple)  # as on a GPU
     knobs = Regularizers(label_smoothing=smoothing, z_loss=z, entropy_penalty=beta)
     hidden, weight, target = drawn()
     target[5] = -1

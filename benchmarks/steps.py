@@ -14,8 +14,13 @@ from benchmarks.ours import DROPOUT, everything_on, our_step
 from benchmarks.timing import in_turn, ratio, spread
 from training.distributed import missing_for_compile
 
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 LARGE, SMALL = Shape(6, 384, 6, 256, 8, 65), Shape(4, 128, 4, 64, 12, 65)
+SHAPES = {"6x384": (LARGE, 1), "4x128": (SMALL, 10)}  # with the number of steps that are timed together
 PRODUCT = 2048
+if DEVICE.type == "cuda":
+    SHAPES = {"GPT-2 124M": (Shape(12, 768, 12, 1024, 12, 50257), 1), "6x384": (LARGE, 10)}
+    PRODUCT = 8192
 Step = Callable[[Tensor, Tensor], Any]
 
 
@@ -29,20 +34,20 @@ def steps_of(shape: Shape) -> dict[str, Step]:
         "everything but stochastic depth": everything_on(stochastic_depth=0.0),
     }
     steps: dict[str, Step] = {}
-    for compile in ("off",) if missing_for_compile() else ("off", "on"):
+    for compile in ("off",) if DEVICE.type == "cpu" and missing_for_compile() else ("off", "on"):
         for what, values in knobs.items():
             name = f"ours {fast}, {what}" + (", compiled" if compile == "on" else "")
             steps[name] = our_step(shape, fast, values, compile)
     for precision in ("fp32", "bf16"):
         for dropout in (0.0, 0.2):
-            plain = PlainGPT2(shape, dropout)
+            plain = PlainGPT2(shape, dropout).to(DEVICE)
             steps[f"plain GPT-2 {precision}, dropout {dropout:g}"] = stepper(plain, plain, precision == "bf16")
     try:
         import transformers  # noqa: F401
     except ImportError:
         return steps
     for precision in ("fp32", "bf16"):
-        theirs = hugging_face(shape, 0.2)
+        theirs = hugging_face(shape, 0.2).to(DEVICE)
         steps[f"Hugging Face {precision}, dropout 0.2"] = stepper(
             hugging_face_loss(theirs), theirs, precision == "bf16"
         )
@@ -58,7 +63,7 @@ def bf16_is_fast() -> bool:
     """Whether ``run.precision=auto`` takes bf16 here."""
     from training.distributed import has_fast_bf16
 
-    return has_fast_bf16("cuda" if torch.cuda.is_available() else "cpu")
+    return has_fast_bf16(DEVICE.type)
 
 
 def flops(shape: Shape) -> float:
@@ -69,23 +74,33 @@ def flops(shape: Shape) -> float:
 
 def product(dtype: torch.dtype) -> Callable[[], object]:
     """A product of two square matrices of PRODUCT rows, to know what the machine can do."""
-    left, right = (torch.randn(PRODUCT, PRODUCT).to(dtype) for _ in range(2))
-    return lambda: left @ right
+    left, right = (torch.randn(PRODUCT, PRODUCT, device=DEVICE).to(dtype) for _ in range(2))
+    return partial(repeat, torch.matmul, left, right, 1)
 
 
-def repeat(step: Step, tokens_BT: Tensor, times: int) -> None:
-    """So many steps: short ones are timed together."""
+def repeat(work: Step, first: Tensor, second: Tensor, times: int) -> None:
+    """So many calls, to the end of the last: short ones are timed together."""
     for _ in range(times):
-        step(tokens_BT, tokens_BT)
+        work(first, second)
+    if DEVICE.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def gpu_memory(work: Callable[[], object]) -> int:
+    """Bytes that a GPU holds at most during ``work``, beyond those it held before."""
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    work()
+    return torch.cuda.max_memory_allocated() - before
 
 
 def measure(rounds: int = 8) -> dict[str, Any]:
     """Seconds of each step [rounds], for both shapes; of matrix products too."""
     results: dict[str, Any] = {}
-    for name, shape, times in (("6x384", LARGE, 1), ("4x128", SMALL, 10)):
+    for name, (shape, times) in SHAPES.items():
         generator = torch.Generator().manual_seed(0)
-        tokens_BT = torch.randint(shape.vocab_size, (shape.batch, shape.context), generator=generator)
-        works = {what: partial(repeat, step, tokens_BT, times) for what, step in steps_of(shape).items()}
+        tokens_BT = torch.randint(shape.vocab_size, (shape.batch, shape.context), generator=generator).to(DEVICE)
+        works = {what: partial(repeat, step, tokens_BT, tokens_BT, times) for what, step in steps_of(shape).items()}
         products = {"product fp32": product(torch.float32), "product bf16": product(torch.bfloat16)}
         torch.compiler.reset()  # what was compiled for the other shape would have this one's sizes made variables
         first = in_turn({what: works[what] for what in works if "compiled" in what}, rounds=1, warmup=0)
@@ -95,6 +110,7 @@ def measure(rounds: int = 8) -> dict[str, Any]:
                 what: [one / (times if what in works else 1) for one in all_] for what, all_ in seconds.items()
             },
             "first": {what: seconds for what, (seconds,) in first.items()},
+            "memory": {what: gpu_memory(work) for what, work in works.items()} if DEVICE.type == "cuda" else {},
             "tokens": shape.tokens,
             "flops": flops(shape),
         }
@@ -127,6 +143,7 @@ def table(results: dict[str, Any]) -> list[str]:
             lines.append(
                 f"  {1000 * middle:7.1f} ms ({1000 * low:.1f} to {1000 * high:.1f})  {what:<51} "
                 f"{result['tokens'] / middle:7,.0f} tokens/s, {share:4.0%} of a matrix product's rate"
+                + (f", {result['memory'][what] / 1e6:,.0f} MB" if result["memory"] else "")
             )
         if result["first"]:
             low, high = min(result["first"].values()), max(result["first"].values())

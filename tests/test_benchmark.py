@@ -54,7 +54,10 @@ def test_an_unknown_part_is_told() -> None:
     command = [sys.executable, "-m", "scripts.benchmark", "proceses"]
     ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert ended.returncode == 2
-    assert ended.stderr == "error: no part is called proceses; there are steps, losses, pipeline, processes, race\n"
+    assert (
+        ended.stderr
+        == "error: no part is called proceses; there are steps, losses, pipeline, processes, precision, race\n"
+    )
 
 
 def test_the_step_that_is_timed_is_that_of_train_py(

@@ -98,7 +98,7 @@ class Dropout(nn.Module):
             return x
         if x.device.type != "cpu":
             return F.dropout(x, self.p)
-        if torch.compiler.is_compiling():  # what is fastest is the other way round: AND stays as it is, products fuse
+        if torch.compiler.is_compiling():  # a product joins the operations beside it, an AND of integers would not
             return x * _kept(x.shape, self.p, x.device).to(x.dtype) * (-1 / (1 - mask_rate(self.p)[2]))
         kept, q = keep_bits(x.shape, self.p, x.dtype, x.device)
         out: Tensor = _Drop.apply(x, kept, 1 / (1 - q))

@@ -12,7 +12,7 @@ from torch import Tensor
 from benchmarks.opponents import PlainGPT2, Shape, hugging_face, stepper
 from benchmarks.ours import DROPOUT, everything_on, our_step
 from benchmarks.timing import in_turn, ratio, spread
-from training.distributed import missing_for_compile
+from training.distributed import has_fast_bf16, missing_for_compile, operations_per_token
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 LARGE, SMALL = Shape(6, 384, 6, 256, 8, 65), Shape(4, 128, 4, 64, 12, 65)
@@ -26,7 +26,7 @@ Step = Callable[[Tensor, Tensor], Any]
 
 def steps_of(shape: Shape) -> dict[str, Step]:
     """All that is timed on a shape, by name."""
-    fast = "bf16" if bf16_is_fast() else "fp32"
+    fast = "bf16" if has_fast_bf16(DEVICE.type) else "fp32"
     knobs = {
         "nothing on": {"weight_decay": 0.1},
         "dropout 0.2": DROPOUT,
@@ -59,17 +59,10 @@ def hugging_face_loss(model: Any) -> Step:
     return lambda tokens_BT, targets_BT: model(input_ids=tokens_BT, labels=targets_BT, shift_labels=targets_BT).loss
 
 
-def bf16_is_fast() -> bool:
-    """Whether ``run.precision=auto`` takes bf16 here."""
-    from training.distributed import has_fast_bf16
-
-    return has_fast_bf16(DEVICE.type)
-
-
 def flops(shape: Shape) -> float:
-    """Floating-point operations of a step's products: 6·N + 12·L·d·T for each token (Chinchilla, PaLM)."""
+    """Floating-point operations of a step's products, without those of biases, gains and positions."""
     parameters = 12 * shape.n_layers * shape.d_model**2 + shape.vocab_size * shape.d_model
-    return shape.tokens * (6 * parameters + 12 * shape.n_layers * shape.d_model * shape.context)
+    return shape.tokens * operations_per_token(parameters, shape.n_layers, shape.d_model, shape.context)
 
 
 def product(dtype: torch.dtype) -> Callable[[], object]:

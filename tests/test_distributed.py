@@ -22,7 +22,10 @@ def small(compile: str = "auto") -> Config:
 
 def test_the_estimate_of_a_run_is_that_worked_by_hand() -> None:
     """768 tokens x (6 x 800,000 + 12 x 4 x 128 x 64) = 3.988e9 operations: 19.94 ms, and 4 for the layers."""
-    assert estimated_seconds(small(), 800_000, 1000, cores=2) == pytest.approx(23.94, abs=0.01)
+    assert estimated_seconds(TWO_CORES, small(), 800_000, 1000) == pytest.approx(23.94, abs=0.01)
+    # Two processes of two threads, one of two micro-batches each: 9.97 ms, and 4 for the layers.
+    halves = small().model_copy(update={"training": small().training.model_copy(update={"micro_batch_size": 6})})
+    assert estimated_seconds(replace(TWO_CORES, world=2), halves, 800_000, 1000) == pytest.approx(13.97, abs=0.01)
 
 
 @pytest.mark.parametrize(("wanted", "steps", "stored", "expected"), [

@@ -134,20 +134,26 @@ def decide_compile(
     if wanted == "on" and missing:
         raise BadInput(f"run.compile=on needs {missing}; install it (Debian: g++, python3-dev) or use run.compile=off")
     if wanted == "auto":
-        seconds = estimated_seconds(config, n_parameters, total_steps, hardware.threads * hardware.world)
+        seconds = estimated_seconds(hardware, config, n_parameters, total_steps)
         wanted = "on" if hardware.device.type == "cuda" or (cpu and not missing and seconds >= 600) else "off"
     return replace(hardware, compile=wanted == "on")
 
 
-def estimated_seconds(config: Config, n_parameters: int, total_steps: int, cores: int) -> float:
-    """Roughly how long a run takes on CPU cores: 6·N + 12·L·D·T operations a token, 100 billion a core and second.
+def estimated_seconds(hardware: Hardware, config: Config, n_parameters: int, total_steps: int) -> float:
+    """Roughly how long a run takes on CPUs: a core does 100 billion operations of products a second.
 
-    To that comes 1 ms for each layer of each micro-batch, in which nothing is computed.
+    To that comes 1 ms for each layer of each micro-batch of a process, in which nothing is computed.
     """
     model, training = config.model, config.training
     tokens = training.global_batch_size * model.context_length
-    operations = tokens * (6 * n_parameters + 12 * model.n_layers * model.d_model * model.context_length)
-    return total_steps * (operations / (1e11 * cores) + 1e-3 * model.n_layers * training.micro_batches)
+    done = tokens * operations_per_token(n_parameters, model.n_layers, model.d_model, model.context_length)
+    alone = 1e-3 * model.n_layers * training.micro_batches / hardware.world
+    return total_steps * (done / (1e11 * hardware.threads * hardware.world) + alone)
+
+
+def operations_per_token(n_parameters: int, n_layers: int, d_model: int, context: int) -> int:
+    """Floating-point operations of a training step's products: 6·N + 12·L·D·T (Kaplan 2020, PaLM 2022)."""
+    return 6 * n_parameters + 12 * n_layers * d_model * context
 
 
 def missing_for_compile() -> str | None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from launch import end, start, wait_until
-from oracle import same_as
+from oracle import Train, same_as
 
 from training.checkpoint import existing, problem_of, read_state
 from training.run_directory import read_metrics, read_summary
@@ -68,6 +68,27 @@ def test_signals_at_bad_moments(moment: str, tiny: Flags, tmp_path: Path) -> Non
         assert all(problem_of(path) is None for path in existing(run / "checkpoints"))
     assert end(start(flags, tmp_path))[0] == [0]
     same_as(tmp_path / "runs/alone", run)
+
+
+STRIKE = """
+import os, signal, sys
+
+class DuringImport:  # asked for every module, in the midst of importing torch for this one
+    def find_spec(self, name, path=None, target=None):
+        if name == "torch.nn":
+            os.kill(os.getpid(), signal.SIGTERM)
+            print("the import goes on", file=sys.stderr)
+
+sys.meta_path.insert(0, DuringImport())
+"""
+
+
+@pytest.mark.fault(13)
+def test_a_signal_waits_until_torch_is_imported(train: Train, tiny: Flags, tmp_path: Path) -> None:
+    """An exception raised there can pass through torch's C++ part, which then aborts the process."""
+    (tmp_path / "sitecustomize.py").write_text(STRIKE)
+    ended = train(tiny(), PYTHONPATH=str(tmp_path))
+    assert (ended.returncode, ended.stderr) == (3, "the import goes on\ninterrupted\n")
 
 
 def test_a_second_ctrl_c_leaves_at_once(tiny: Flags, tmp_path: Path) -> None:

@@ -105,7 +105,7 @@ def _panels(
 
 
 def reliability(calibration: Any, path: Path, title: str) -> None:
-    """Reliability diagram of a training.evaluation.Calibration: accuracy over confidence, and the tokens of each bin.
+    """Reliability diagram of an evaluation.evaluate.Calibration: accuracy over confidence, and the tokens of each bin.
 
     The coloured pieces reach from a bin's accuracy to its mean confidence: they are the gaps that ECE averages.
     """

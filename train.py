@@ -23,8 +23,8 @@ def main(arguments: list[str]) -> int:
     """One run; returns the exit code."""
     config = parse(arguments, __doc__ or "")
     import_torch()
+    from tracking.run_directory import path_of, read_summary, update_summary
     from training import distributed
-    from training.run_directory import path_of, read_summary, update_summary
 
     directory = path_of(config)
     stored = read_summary(directory) if config.run.resume == "auto" else {}
@@ -52,17 +52,19 @@ def train(config: Config, directory: Path, hardware: Any) -> int:
     from data.loader import EvaluationBatches, TrainingLoader, evaluation_batches, fingerprint
     from data.prepare import prepare
     from data.shards import Corpus, Split
+    from evaluation.diagnosis import diagnose
+    from evaluation.evaluate import evaluate, plain_loss
     from model.generate import sample_text
     from model.gpt import GPT
     from regularizers.averaging import WeightAverage
     from regularizers.stopping import patience_is_over
     from regularizers.weights import add_penalty_gradients, sparsity, weight_decay_at
-    from training import checkpoint, distributed, run_directory
-    from training.diagnosis import diagnose
-    from training.evaluation import evaluate, plain_loss
+    from tracking import run_directory
+    from tracking.load_run import initial_weights, read_weights
+    from tracking.metrics import Metrics, draw, results_of, tell_results, tell_start
+    from training import checkpoint, distributed
     from training.faults import strike
     from training.gradients import GradientSum
-    from training.load_run import initial_weights, read_weights
     from training.optimizer import (
         build_optimizers,
         clip_gradients,
@@ -76,7 +78,6 @@ def train(config: Config, directory: Path, hardware: Any) -> int:
     from training.schedule import learning_rate_ratio
     from training.spikes import is_spike
     from training.step import differentiate
-    from training.tracking import Metrics, draw, results_of, tell_results, tell_start
 
     # ---------------------------------------------------------------- the run's directory, ours alone
     # Nothing is written or moved before config, corpus and first weights are known to be good.

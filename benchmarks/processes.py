@@ -16,7 +16,7 @@ from benchmarks.opponents import Shape
 from benchmarks.timing import ratio, spread
 from config import Failure
 from studies.processes import cores
-from training.run_directory import read_metrics
+from tracking.run_directory import read_metrics
 
 SHAPES = {
     "4x128, context 64, batch 12": (Shape(4, 128, 4, 64, 12, 257), 150),

@@ -37,8 +37,8 @@ def main(arguments: list[str]) -> int:
     options = parser.parse_args(arguments)
     if unknown := set(options.parts) - set(PARTS):
         raise BadInput(f"no part is called {', '.join(sorted(unknown))}; there are {', '.join(PARTS)}")
+    from tracking.run_directory import versions
     from training.checkpoint import write_json
-    from training.run_directory import versions
 
     results: dict[str, Any] = {"versions": versions()}
     options.json.parent.mkdir(parents=True, exist_ok=True)

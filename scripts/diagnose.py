@@ -34,8 +34,8 @@ def main(arguments: list[str]) -> int:
     if options.curves is None:
         raise BadInput("give a run directory or a file with curves, or --list")
 
-    from training.curves import read_curves
-    from training.diagnosis import diagnose
+    from evaluation.curves import read_curves
+    from evaluation.diagnosis import diagnose
 
     records = read_curves(options.curves)
     diagnosis = diagnose(records, config_of(Path(options.curves)))

@@ -22,12 +22,12 @@ def main(arguments: list[str]) -> int:
     """Evaluate, print tables, write the files."""
     options = parse_options(arguments)
     import pictures
+    from evaluation.evaluate import evaluate
+    from evaluation.uncertainty import check_stochastic, foreign_split
+    from tracking.load_run import has_average, load_corpus, load_model, locate
+    from tracking.run_directory import read_summary
     from training import distributed
     from training.checkpoint import write_json
-    from training.evaluation import evaluate
-    from training.load_run import has_average, load_corpus, load_model, locate
-    from training.run_directory import read_summary
-    from training.uncertainty import check_stochastic, foreign_split
 
     directory, checkpoint = locate(Path(options.run))
     model, config, _ = load_model(checkpoint)
@@ -93,7 +93,7 @@ def evaluate_uncertainty(
     ``foreign`` is a split of foreign text, or None; it is compared with the first of the others.
     """
     import pictures
-    from training.uncertainty import auroc, mc_dropout
+    from evaluation.uncertainty import auroc, mc_dropout
 
     first = next(iter(splits))
     found = {}

@@ -30,7 +30,7 @@ def main(arguments: list[str]) -> int:
 
     from data.tokenizers import end_of_text, load_tokenizer
     from model.huggingface import compare_logits, write_directory
-    from training.load_run import load_model, run_tokenizer
+    from tracking.load_run import load_model, run_tokenizer
 
     model, _, _ = load_model(options.run)
     tokenizer_file = run_tokenizer(options.run)

@@ -37,7 +37,7 @@ def main(arguments: list[str]) -> int:
 
     from data.tokenizers import end_of_text, load_tokenizer
     from model.generate import check_sampling, sample_text
-    from training.load_run import load_model, run_tokenizer
+    from tracking.load_run import load_model, run_tokenizer
 
     check_sampling(options.tokens, options.temperature, options.top_k, options.top_p)
     model, _, _ = load_model(options.run)

@@ -18,7 +18,7 @@ from typing import Any
 
 from config import BadInput
 from studies.space import Point, Study, confirmation_seeds
-from training.run_directory import read_metrics, read_summary
+from tracking.run_directory import read_metrics, read_summary
 
 FINISHED = "finished"
 DIVERGED = 1e12  # a metric beyond this (a perplexity can reach 1e300) is as good as not finite

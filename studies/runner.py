@@ -23,7 +23,7 @@ from studies.queue import Queue
 from studies.results import collect, is_finished, replace_file
 from studies.space import Point, Study, confirmation_seeds
 from studies.storage import storage_url, without_password
-from training.run_directory import check_config, say
+from tracking.run_directory import check_config, say
 
 SHOWN = 5  # of many mistakes of one kind
 

@@ -30,7 +30,7 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 from command_line import make, put, put_sections, read_yaml
 from config import BadInput, Config, Section
 from studies.knobs import LONGEST_NAME, full_names, name_of
-from training.run_directory import read_flat
+from tracking.run_directory import read_flat
 
 BASELINE = "baseline"
 METRICS = (

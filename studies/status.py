@@ -5,7 +5,7 @@ from __future__ import annotations
 from studies.results import in_use, metric_value
 from studies.runner import pairs, to_confirm
 from studies.space import Study, confirmation_seeds
-from training.run_directory import read_summary
+from tracking.run_directory import read_summary
 
 RECENT = 10  # finished runs by which the pace is judged
 

@@ -14,7 +14,7 @@ from sqlalchemy.exc import ArgumentError, SQLAlchemyError
 
 from config import BadInput, Failure
 from studies.space import Study
-from training.run_directory import say
+from tracking.run_directory import say
 
 P = ParamSpec("P")
 R = TypeVar("R")

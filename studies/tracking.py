@@ -1,4 +1,4 @@
-"""The study's own run in W&B: ranking and pictures, in the group of its runs. Never fatal, as in training.tracking."""
+"""The study's own run in W&B: ranking and pictures, in the group of its runs. Never fatal, as in tracking.metrics."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from typing import Any
 
 from studies.findings import Findings
 from studies.space import Study
-from training.run_directory import say
-from training.tracking import start_wandb, wandb_mode
+from tracking.metrics import start_wandb, wandb_mode
+from tracking.run_directory import say
 
 
 def log_summary(

@@ -23,7 +23,7 @@ from studies.processes import ROOT, start
 from studies.queue import HEARTBEAT, Queue, Task
 from studies.results import in_use, is_finished, metric_value
 from studies.space import Study, read_study
-from training.run_directory import read_summary, update_summary
+from tracking.run_directory import read_summary, update_summary
 
 PATIENCE = 1.0  # seconds between two looks at what another worker is busy with
 

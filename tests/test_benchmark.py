@@ -20,7 +20,7 @@ from benchmarks.timing import in_turn, ratio, spread
 from command_line import parse
 from data.loader import TrainingLoader
 from data.shards import Corpus
-from training.run_directory import read_metrics, read_summary
+from tracking.run_directory import read_metrics, read_summary
 
 
 def test_spread_and_ratio() -> None:

@@ -13,7 +13,7 @@ from conftest import ROOT
 
 from command_line import dump, fields, from_mapping, parse
 from config import BadInput, Config
-from training.run_directory import default_name
+from tracking.run_directory import default_name
 
 
 def mistakes(*arguments: str) -> list[str]:

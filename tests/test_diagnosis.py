@@ -16,9 +16,9 @@ from conftest import ROOT
 
 from command_line import parse
 from config import BadInput, Regularizers
+from evaluation.curves import Series
+from evaluation.diagnosis import diagnose, read_curves
 from scripts import diagnose as script
-from training.curves import Series
-from training.diagnosis import diagnose, read_curves
 
 Records = list[dict[str, Any]]
 

@@ -12,7 +12,7 @@ import torch
 
 from config import BadInput
 from scripts.evaluate import main
-from training.load_run import load_corpus, load_model
+from tracking.load_run import load_corpus, load_model
 
 Train = Callable[..., subprocess.CompletedProcess[str]]
 Flags = Callable[..., list[str]]

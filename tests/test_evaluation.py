@@ -15,9 +15,9 @@ from command_line import parse
 from data.loader import evaluation_batches
 from data.prepare import prepare
 from data.shards import Corpus
+from evaluation.evaluate import BINS, _add, evaluate
 from model.gpt import GPT
 from training.distributed import Hardware
-from training.evaluation import BINS, _add, evaluate
 
 ALONE = Hardware(0, 1, torch.device("cpu"), "fp32", False, 1)
 
@@ -82,7 +82,7 @@ def test_calibration_and_brier_by_hand() -> None:
     Bin of 0.9: accuracy 1, |1 − 0.9| = 0.1. Bin of 0.6: accuracy 0.5, |0.5 − 0.6| = 0.1. ECE = 0.1.
     Brier: right at 0.9: 0.01 + 0.01; right at 0.6: 0.16 + 0.16; wrong at 0.6: 0.36 + 0.36. Mean 0.27.
     """
-    from training.evaluation import Calibration
+    from evaluation.evaluate import Calibration
 
     p = torch.tensor([[0.9, 0.1], [0.1, 0.9], [0.6, 0.4], [0.6, 0.4]])
     sums, bins = torch.zeros(6, dtype=torch.float64), torch.zeros(3, BINS, dtype=torch.float64)
@@ -108,7 +108,7 @@ def test_mode_and_chunks(model: GPT, corpus: Corpus, monkeypatch: pytest.MonkeyP
     model.train()
     whole, _ = evaluate(model, batches(), ALONE, 1.0)
     assert model.training
-    monkeypatch.setattr("training.evaluation.CHUNK_NUMBERS", 7 * corpus.vocab_size)
+    monkeypatch.setattr("evaluation.evaluate.CHUNK_NUMBERS", 7 * corpus.vocab_size)
     parts, _ = evaluate(model.eval(), batches(), ALONE, 1.0)
     assert not model.training and parts == pytest.approx(whole, rel=1e-6)
 

@@ -19,8 +19,8 @@ from model.gpt import GPT
 from model.huggingface import write_directory
 from scripts import export_huggingface
 from scripts import generate as generate_script
+from tracking.load_run import initial_weights, load_model, run_tokenizer
 from training import checkpoint
-from training.load_run import initial_weights, load_model, run_tokenizer
 
 SMALL = Model(family="qwen3", n_layers=1, d_model=16, n_heads=2, n_kv_heads=1, context_length=32)
 

@@ -15,9 +15,9 @@ import pytest
 import torch
 from conftest import ROOT
 
+from tracking.load_run import load_model
+from tracking.run_directory import read_metrics
 from training.checkpoint import existing, read_tensors
-from training.load_run import load_model
-from training.run_directory import read_metrics
 
 Train = Callable[..., subprocess.CompletedProcess[str]]
 Flags = Callable[..., list[str]]

@@ -16,8 +16,8 @@ from typing import Any
 import pytest
 from conftest import ROOT, made_up_text
 
+from tracking.run_directory import read_metrics
 from training.checkpoint import existing, read_state
-from training.run_directory import read_metrics
 
 Train = Callable[..., subprocess.CompletedProcess[str]]
 Flags = Callable[..., list[str]]

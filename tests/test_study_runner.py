@@ -23,7 +23,7 @@ from made_up_study import make_study, write_runs
 from studies.queue import Queue
 from studies.runner import run_study, to_confirm
 from studies.space import confirmation_seeds, read_study
-from training.run_directory import read_summary
+from tracking.run_directory import read_summary
 
 PATIENCE = 150  # seconds that anything here may take on a busy machine
 

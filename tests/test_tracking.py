@@ -14,8 +14,8 @@ import pytest
 
 from command_line import parse
 from pictures import smooth
-from training.run_directory import read_metrics
-from training.tracking import Metrics, wandb_mode
+from tracking.metrics import Metrics, wandb_mode
+from tracking.run_directory import read_metrics
 
 Train = Callable[..., subprocess.CompletedProcess[str]]
 Flags = Callable[..., list[str]]

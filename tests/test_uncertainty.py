@@ -16,12 +16,12 @@ from config import BadInput
 from data.loader import EvaluationBatches, evaluation_batches
 from data.prepare import prepare
 from data.shards import Corpus
+from evaluation import uncertainty
+from evaluation.evaluate import evaluate
+from evaluation.uncertainty import Uncertainty, auroc, foreign_split, mc_dropout, measure, only_stochastic_on
 from model.gpt import GPT
 from regularizers.activations import Dropout, StochasticDepth
-from training import uncertainty
 from training.distributed import Hardware
-from training.evaluation import evaluate
-from training.uncertainty import Uncertainty, auroc, foreign_split, mc_dropout, measure, only_stochastic_on
 
 ALONE = Hardware(0, 1, torch.device("cpu"), "fp32", False, 1)
 

@@ -17,8 +17,8 @@ from typing import Any
 import pytest
 from conftest import ROOT
 
+from tracking.run_directory import read_metrics, read_summary
 from training.checkpoint import existing, sha256
-from training.run_directory import read_metrics, read_summary
 
 Train = Callable[..., subprocess.CompletedProcess[str]]
 Flags = Callable[..., list[str]]

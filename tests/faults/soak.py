@@ -26,8 +26,8 @@ from oracle import flip, launched, same_as
 from test_regularized_run import EVERYTHING
 from tqdm import tqdm
 
+from tracking.run_directory import read_metrics, read_summary
 from training.checkpoint import existing, problem_of
-from training.run_directory import read_metrics, read_summary
 
 KNOBS = TINY | {f"regularizers.{name}": str(value) for name, value in EVERYTHING.items()}
 KNOBS |= {

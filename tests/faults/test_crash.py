@@ -15,9 +15,9 @@ from oracle import TORCHRUN, Flags, Train, launched, same_as
 
 from command_line import parse
 from config import BadInput
+from tracking.run_directory import read_metrics, read_summary
 from training.checkpoint import newest
 from training.distributed import check_micro_batches, missing_for_compile
-from training.run_directory import read_metrics, read_summary
 
 
 @pytest.mark.slow

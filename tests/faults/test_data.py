@@ -15,8 +15,8 @@ from data.loader import TrainingLoader
 from data.prepare import prepare
 from data.shards import Corpus
 from data.tokenizers import byte_tokenizer
-from training.load_run import run_tokenizer
-from training.run_directory import read_metrics
+from tracking.load_run import run_tokenizer
+from tracking.run_directory import read_metrics
 
 
 @pytest.mark.fault(26)

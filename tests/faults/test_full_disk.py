@@ -15,8 +15,8 @@ from conftest import ROOT
 from launch import end, start
 from oracle import same_as
 
+from tracking.run_directory import read_metrics, read_summary
 from training.checkpoint import existing, newest
-from training.run_directory import read_metrics, read_summary
 
 Flags = Callable[..., list[str]]
 

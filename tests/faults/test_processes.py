@@ -16,7 +16,7 @@ from launch import end, free_port, start, torchrun, wait_until, workers_of
 from oracle import same_as
 from test_regularized_run import KNOBS
 
-from training.run_directory import read_metrics, read_summary
+from tracking.run_directory import read_metrics, read_summary
 
 Train = Callable[..., subprocess.CompletedProcess[str]]
 Flags = Callable[..., list[str]]

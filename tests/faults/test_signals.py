@@ -11,8 +11,8 @@ import pytest
 from launch import end, start, wait_until
 from oracle import Train, same_as
 
+from tracking.run_directory import read_metrics, read_summary
 from training.checkpoint import existing, problem_of, read_state
-from training.run_directory import read_metrics, read_summary
 
 Flags = Callable[..., list[str]]
 

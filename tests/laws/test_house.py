@@ -16,6 +16,7 @@ from conftest import ROOT
 FLOORS = [
     ["train", "scripts", "benchmarks"],
     ["studies"],
+    ["evaluation", "tracking"],  # tracking draws what evaluation judges, until it is given it
     ["training"],
     ["model"],
     ["data"],

@@ -23,14 +23,14 @@ import train as program
 from config import Model, Regularizers
 from data.loader import evaluation_batches
 from data.shards import Corpus
+from evaluation.evaluate import evaluate
 from model.gpt import GPT
 from randomness import seed_for
 from regularizers import activations, averaging, inputs, objective, stopping, weights
+from tracking.run_directory import read_metrics
 from training import optimizer
 from training.checkpoint import existing, read_tensors
 from training.distributed import Hardware
-from training.evaluation import evaluate
-from training.run_directory import read_metrics
 
 FIELDS = Regularizers.model_fields
 DECLARED: dict[str, dict[str, Any]] = {

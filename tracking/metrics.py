@@ -20,10 +20,10 @@ from urllib.parse import urlparse
 from tqdm import tqdm
 
 from config import Config
+from evaluation.diagnosis import diagnose
+from evaluation.evaluate import Calibration
 from pictures import curves, reliability
-from training.diagnosis import diagnose
-from training.evaluation import Calibration
-from training.run_directory import read_metrics, read_summary, say
+from tracking.run_directory import read_metrics, read_summary, say
 
 SECONDS_BETWEEN_LINES = 5.0
 WANDB_PATIENCE = 7  # seconds to wait for the server before going on without it

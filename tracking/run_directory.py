@@ -27,7 +27,7 @@ from training import checkpoint
 from training.checkpoint import directory_for, existing, write_json
 
 if TYPE_CHECKING:
-    from training.tracking import Metrics
+    from tracking.metrics import Metrics
 
 # Knobs that say where a run lives, how it is watched and what is kept of it. They are left out of the default
 # name and may change on resume; every other change is another run.

@@ -17,8 +17,8 @@ from data.shards import Corpus
 from data.tokenizers import load_tokenizer
 from model.gpt import GPT
 from model.huggingface import read_directory
+from tracking.run_directory import read_summary, say
 from training.checkpoint import NAME, existing, newest, problem_of, read_tensors, sha256
-from training.run_directory import read_summary, say
 
 Weights = Literal["best available", "model", "average"]
 

@@ -22,8 +22,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from config import Config, Regularizers
-from training.curves import Series, series
-from training.curves import read_curves as read_curves  # the other half of diagnosing a file
+from evaluation.curves import Series, series
+from evaluation.curves import read_curves as read_curves  # the other half of diagnosing a file
 
 UNDERFITTING, WELL_FITTED, OVERFITTING = "underfitting", "well fitted", "overfitting"
 TOO_EARLY = "too early to tell"

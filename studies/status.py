@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from studies.results import in_use, metric_value
+from files import is_locked
+from studies.results import metric_value
 from studies.runner import pairs, to_confirm
 from studies.space import Study, confirmation_seeds
 from tracking.run_directory import read_summary
@@ -29,7 +30,7 @@ def status_lines(study: Study) -> list[str]:
                 continue
             directory = study.run_directory(point, seed)
             state = read_summary(directory).get("status", "waiting")
-            if state != "finished" and in_use(directory):
+            if state != "finished" and is_locked(directory / "lock"):
                 state = "running"
             elif state in ("running", "preempted"):  # cut off: it waits to be gone on with
                 state = "waiting"

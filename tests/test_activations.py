@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from config import Model, Regularizers
+from hardware import missing_for_compile
 from model.gpt import GPT
 from randomness import seed_activations
 from regularizers.activations import Dropout, StochasticDepth, depth_rate, keep_bits, mask_rate
-from training.distributed import missing_for_compile
 
 
 @pytest.mark.parametrize("p", [1e-6, 1e-4, 0.01, 0.05, 0.1, 0.2, 0.5, 0.9, 0.999, 0.99999])

@@ -16,8 +16,8 @@ from data.loader import evaluation_batches
 from data.prepare import prepare
 from data.shards import Corpus
 from evaluation.evaluate import BINS, _add, evaluate
+from hardware import Hardware
 from model.gpt import GPT
-from training.distributed import Hardware
 
 ALONE = Hardware(0, 1, torch.device("cpu"), "fp32", False, 1)
 

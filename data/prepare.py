@@ -40,6 +40,7 @@ from data.tokenizers import (
 )
 
 FORMAT = 1  # raise it when the same input would give other bytes
+TRANSFORM_FORMAT = 2  # the same for text with a data.transform
 SPLITS = ("train", "val", "test")
 SHARD_TOKENS = 50_000_000
 
@@ -53,7 +54,7 @@ def prepare(config: Data, root: Path | str = "corpora", quiet: bool = False, sha
     """
     source = open_source(config)
     identity = {
-        "format": FORMAT,
+        "format": TRANSFORM_FORMAT if config.transform else FORMAT,
         "source": source.identity,
         "tokenizer": tokenizer_identity(config.tokenizer, config.vocab_size),
         "split": [source.split, config.val_fraction, config.test_fraction],
@@ -93,8 +94,10 @@ def prepare(config: Data, root: Path | str = "corpora", quiet: bool = False, sha
 
 def write_corpus(directory: Path, source: Source, config: Data, identity: dict[str, Any], quiet: bool) -> str:
     """Read, split, tokenize and write everything into ``directory``; returns a summary of a few lines."""
+    check_transform(source)
     boundaries = tail_boundaries(source, config) if source.split == "tail" else None
-    tokenizer = make_tokenizer(source, config, boundaries, quiet)
+    owners = held_out_texts(source, config) if source.transform and source.split == "documents" else {}
+    tokenizer = make_tokenizer(source, config, boundaries, owners, quiet)
     tokenizer.save(str(directory / "tokenizer.json"))
     vocab_size, end = vocabulary_size(tokenizer), end_of_text(tokenizer)
     dtype = np.dtype(np.uint16 if vocab_size <= 2**16 else np.uint32)
@@ -104,7 +107,7 @@ def write_corpus(directory: Path, source: Source, config: Data, identity: dict[s
     waiting: deque[tuple[str, int]] = deque()  # split and bytes of the documents that are being encoded
 
     def texts() -> Iterator[str]:
-        for name, text in split_texts(source, config, boundaries):
+        for name, text in split_texts(source, config, boundaries, owners):
             waiting.append((name, len(text.encode())))
             yield text
 
@@ -147,7 +150,9 @@ def describe(manifest: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def make_tokenizer(source: Source, config: Data, boundaries: list[int] | None, quiet: bool) -> Tokenizer:
+def make_tokenizer(
+    source: Source, config: Data, boundaries: list[int] | None, owners: dict[int, str], quiet: bool
+) -> Tokenizer:
     """The tokenizer that the config names; bpe is trained on the training split alone."""
     if config.tokenizer == "byte":
         return byte_tokenizer()
@@ -156,7 +161,7 @@ def make_tokenizer(source: Source, config: Data, boundaries: list[int] | None, q
     with progress("training the tokenizer", source, quiet) as bar:
 
         def texts() -> Iterator[str]:
-            for name, text in split_texts(source, config, boundaries):
+            for name, text in split_texts(source, config, boundaries, owners):
                 bar.update(len(text))
                 if name == "train":
                     yield text
@@ -167,37 +172,76 @@ def make_tokenizer(source: Source, config: Data, boundaries: list[int] | None, q
 # ---------------------------------------------------------------------------------------------- splits
 
 
-def split_texts(source: Source, config: Data, boundaries: list[int] | None) -> Iterator[tuple[str, str]]:
-    """Every text with the name of its split, in the source's order.
+def split_texts(
+    source: Source, config: Data, boundaries: list[int] | None, owners: dict[int, str]
+) -> Iterator[tuple[str, str]]:
+    """Every text, as the transform gives it, with the name of its split, in the source's order.
 
-    ``boundaries`` are those of ``tail_boundaries``, or None to split by documents. A document's hash is that of
-    its text before the transform, so all that a transform makes of one document stays in one split.
+    The source is split first and each part transformed by itself, so all that is made of one part stays in its split.
+    ``boundaries`` are those of ``tail_boundaries``, or None to split by documents. Then ``owners`` are those of
+    ``held_out_texts``: a text that is also one of another split, held out before this one, is left out and counted.
     """
-    if boundaries is None:
-        for document in source.documents():
-            name = split_of(document, config.val_fraction, config.test_fraction)
-            for text in source.transformed(document):
+    for name, part in split_source(source, config, boundaries):
+        for text in source.transformed(part):
+            if not owners or owners.get(hash_of(text), name) == name:
                 yield name, text
-        return
+            else:
+                source.mended.held_out += 1
+
+
+def split_source(source: Source, config: Data, boundaries: list[int] | None) -> Iterator[tuple[str, str]]:
+    """Every document before its transform, with the name of its split; a boundary that falls into one cuts it."""
     position = 0
     for document in source.documents():
-        for text in source.transformed(document):
-            for name, start, stop in zip(SPLITS, [0, *boundaries], boundaries, strict=False):
-                part = text[max(0, start - position) : max(0, stop - position)]
-                if part:
-                    yield name, part
-            position += len(text)
-    if position != boundaries[-1]:
+        if boundaries is None:
+            yield split_of(document, config.val_fraction, config.test_fraction), document
+            continue
+        for name, start, stop in zip(SPLITS, [0, *boundaries], boundaries, strict=False):
+            part = document[max(0, start - position) : max(0, stop - position)]
+            if part:
+                yield name, part
+        position += len(document)
+    if boundaries is not None and position != boundaries[-1]:
         raise BadInput(
             f"{source.describe} gave {boundaries[-1]:,} characters at first and {position:,} the second time; "
-            "is it being written to, or is data.transform random?"
+            "is it being written to?"
         )
+
+
+def held_out_texts(source: Source, config: Data) -> dict[int, str]:
+    """The hash of every text of the held-out documents, before and after the transform, with the split that owns it.
+
+    Two documents that differ, in different splits, may become the same text, and one may become the other. Such a text
+    belongs to test before val before train. Holds about 100 bytes for each text.
+    """
+    owners: dict[int, str] = {}
+    for name, document in split_source(source, config, None):
+        if name != "train":
+            for text in (document, *source.transformed(document)):
+                if owners.get(hash_of(text)) != "test":
+                    owners[hash_of(text)] = name
+    return owners
+
+
+def check_transform(source: Source) -> None:
+    """The transform gives the same for the first document twice; raises BadInput if not."""
+    first = next(source.documents(), None) if source.transform else None
+    if first is not None and source.transformed(first) != source.transformed(first):
+        name = source.identity["transform"]["name"]
+        raise BadInput(
+            f"data.transform {name} gave two results for the document that begins {first[:60]!r}; "
+            "the same text must always give the same: give a random one a seed made of the text"
+        )
+
+
+def hash_of(text: str) -> int:
+    """64 bits of BLAKE2b of a text."""
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")
 
 
 def split_of(document: str, val_fraction: float, test_fraction: float) -> str:
     """The split into which a document falls by the hash of its text, whatever the seed of the run."""
-    digest = hashlib.blake2b(document.encode(), digest_size=8).digest()
-    fraction = int.from_bytes(digest, "big") / 2**64
+    fraction = hash_of(document) / 2**64
     if fraction < test_fraction:
         return "test"
     return "val" if fraction < test_fraction + val_fraction else "train"
@@ -205,7 +249,7 @@ def split_of(document: str, val_fraction: float, test_fraction: float) -> str:
 
 def tail_boundaries(source: Source, config: Data) -> list[int]:
     """Where train, val and test end if the end of the text is held out: three counts of characters."""
-    n = sum(len(text) for document in source.documents() for text in source.transformed(document))
+    n = sum(map(len, source.documents()))
     return [round(n * (1 - config.val_fraction - config.test_fraction)), round(n * (1 - config.test_fraction)), n]
 
 

@@ -137,10 +137,14 @@ class Corpus:
         return tokenizer
 
     def bytes_per_token(self, split: Split, n_tokens: int | None = None) -> float:
-        """UTF-8 bytes of text per token of ``split``, or of its first ``n_tokens``, which are decoded and counted."""
+        """UTF-8 bytes of text per target of ``split``, or of its first ``n_tokens``, which are decoded and counted.
+
+        All tokens are targets but the first, the end-of-text token before the first document, which stands for no
+        text. So loss in nats per token / ln 2 / this is the bits of all targets by the bytes of their text.
+        """
         if n_tokens is None or n_tokens >= split.n_tokens:
-            return split.n_bytes / split.n_tokens
-        return len(self.tokenizer().decode(split.read(0, n_tokens).tolist()).encode()) / n_tokens
+            return split.n_bytes / (split.n_tokens - 1)
+        return len(self.tokenizer().decode(split.read(0, n_tokens).tolist()).encode()) / (n_tokens - 1)
 
     def split(self, name: str) -> Split:
         """The split "train", "val" or "test"; raises BadInput if there is none, or if its index is damaged."""

@@ -40,6 +40,7 @@ class Mended:
     crlf: int = 0
     marks: int = 0
     empty: int = 0
+    held_out: int = 0
 
     def reset(self) -> None:
         """Start counting anew."""
@@ -53,6 +54,7 @@ class Mended:
             (self.crlf, "CRLF became LF"),
             (self.marks, "byte-order marks dropped"),
             (self.empty, "empty documents left out"),
+            (self.held_out, "transformed texts left out that a held-out split has"),
         ]
         return "; ".join(f"{count:,} {what}" for count, what in counts if count) or "nothing"
 

@@ -61,7 +61,8 @@ def main(arguments: list[str]) -> int:
         for name, split in splits.items():
             title = f"{name}, averaged" if kind == "average" else name
             batches = batches_of(split, config, f"evaluating {title}")
-            found, calibrations[name] = evaluate(model, batches, hardware, split.n_bytes / split.n_tokens)
+            bytes_per_token = corpus.bytes_per_token(corpus.split(name), options.max_tokens)
+            found, calibrations[name] = evaluate(model, batches, hardware, bytes_per_token)
             columns[title] = results[name][kind] = found
     print(f"run               {directory}, checkpoint {checkpoint.name}\n\n{table(columns)}")
 

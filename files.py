@@ -101,7 +101,7 @@ def problem_of(directory: Path, name: Any, entry: dict[str, Any], verify: bool =
     or a sha256.
     """
     if not isinstance(name, str) or name in ("", ".", "..") or {"/", "\\", "\0"} & set(name):
-        return f"the manifest of {directory} names {name!r}, which is not a file of that directory"
+        return f"the manifest of {directory} names {name!r}, which is not a plain file of it"
     path, size, digest = directory / name, entry["size"], entry["sha256"]
     try:
         found = path.lstat()

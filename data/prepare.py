@@ -11,15 +11,13 @@ not at all. The same input gives the same bytes.
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
-import os
 import shutil
 from array import array
 from collections import deque
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +25,7 @@ import numpy as np
 from tokenizers import Tokenizer
 from tqdm import tqdm  # type: ignore[import-untyped]
 
+import files
 from config import BadInput, Data
 from data.sources import Source, open_source
 from data.tokenizers import (
@@ -60,7 +59,7 @@ def prepare(config: Data, root: Path | str = "corpora", quiet: bool = False, sha
         "split": [source.split, config.val_fraction, config.test_fraction],
         "shard_tokens": shard_tokens,
     }
-    fingerprint = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
+    fingerprint = files.hash_of(identity)[:12]
     directory = Path(root) / f"{source.name}-{fingerprint}"
     if directory.is_dir():  # it was renamed into place, so it was complete
         return directory
@@ -77,9 +76,9 @@ def prepare(config: Data, root: Path | str = "corpora", quiet: bool = False, sha
                 summary = write_corpus(partial, source, config, {"fingerprint": fingerprint, **identity}, quiet)
                 if open_source(config).identity != source.identity:
                     raise BadInput(f"{source.describe} changed while it was read; start again")
-                sync(partial)
+                files.sync(partial)
                 partial.rename(directory)
-                sync(directory.parent)
+                files.sync(directory.parent)
             finally:
                 shutil.rmtree(partial, ignore_errors=True)
     except OSError as problem:
@@ -125,7 +124,7 @@ def write_corpus(directory: Path, source: Source, config: Data, identity: dict[s
         "name": source.name,
         "describe": source.describe,
         "replaced": source.mended.summary(),
-        "tokenizer": {**identity["tokenizer"], **file_entry(directory / "tokenizer.json")},
+        "tokenizer": {**identity["tokenizer"], **entry_of(directory / "tokenizer.json")},
         "vocab_size": vocab_size,
         "end_of_text": end,
         "dtype": {2: "U16", 4: "U32"}[dtype.itemsize],
@@ -134,7 +133,7 @@ def write_corpus(directory: Path, source: Source, config: Data, identity: dict[s
     with open(directory / "manifest.json", "w", encoding="utf-8") as handle:
         json.dump(manifest, handle, indent=1)
     for file in directory.iterdir():
-        sync(file)
+        files.sync(file)
     return describe(manifest)
 
 
@@ -303,7 +302,7 @@ class SplitWriter:
         file = self.directory / f"{self.name}-{len(self.shards):05d}.safetensors"
         starts = np.array(self.starts, dtype=np.int64)
         save_file({"tokens": self.buffer[: self.filled], "document_starts": starts}, file)
-        self.shards.append({**file_entry(file), "tokens": self.filled, "documents": len(starts)})
+        self.shards.append({**entry_of(file), "tokens": self.filled, "documents": len(starts)})
         self.filled, self.starts = 0, array("q")
 
     def close(self) -> None:
@@ -316,11 +315,9 @@ class SplitWriter:
         return {"bytes": self.bytes, "tokens": self.tokens, "documents": self.documents, "shards": self.shards}
 
 
-def file_entry(file: Path) -> dict[str, Any]:
+def entry_of(file: Path) -> dict[str, Any]:
     """Name, size and sha256 of a file, for the manifest."""
-    with open(file, "rb") as handle:
-        digest = hashlib.file_digest(handle, "sha256").hexdigest()
-    return {"file": file.name, "size": file.stat().st_size, "sha256": digest}
+    return {"file": file.name, **files.entry_of(file)}
 
 
 def progress(title: str, source: Source, quiet: bool) -> tqdm:
@@ -328,15 +325,6 @@ def progress(title: str, source: Source, quiet: bool) -> tqdm:
     return tqdm(
         total=source.n_bytes, desc=title, unit="B", unit_scale=True, leave=False, disable=True if quiet else None
     )
-
-
-def sync(path: Path) -> None:
-    """Make sure that a file, or the names in a directory, are on disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def partial_of(directory: Path) -> Path:
@@ -347,22 +335,19 @@ def partial_of(directory: Path) -> Path:
 @contextmanager
 def locked(directory: Path, quiet: bool = True) -> Iterator[None]:
     """Hold the lock of one corpus; the system frees it when the process dies. Its small file stays."""
-    with open(directory.with_name(f".{directory.name}.lock"), "w") as handle:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            if not quiet:
-                print(f"another process is preparing {directory}; waiting for it", flush=True)
-            fcntl.flock(handle, fcntl.LOCK_EX)
+    path = directory.with_name(f".{directory.name}.lock")
+    try:
+        file = files.lock(path)
+    except BlockingIOError:
+        if not quiet:
+            print(f"another process is preparing {directory}; waiting for it", flush=True)
+        file = files.lock(path, wait=True)
+    with file:
         yield
 
 
 def sweep(root: Path) -> None:
     """Remove what killed preparations left in ``root``: partial directories whose lock nobody holds."""
     for partial in root.glob(".*.partial"):
-        with open(partial.with_name(partial.name.removesuffix(".partial") + ".lock"), "w") as handle:
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                continue
+        with suppress(BlockingIOError), files.lock(partial.with_suffix(".lock")):
             shutil.rmtree(partial, ignore_errors=True)

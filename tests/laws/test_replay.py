@@ -189,7 +189,8 @@ def replay(config: Config, corpus: Corpus) -> tuple[list[dict[str, float]], Weig
     average: Weights = {}
     records = []
     for step in range(total):
-        record = {"step": step + 1, "train/lr": config.optimizer.lr * share_of_peak(config, step)}
+        record = {"step": step + 1, "tokens": (step + 1) * n_targets}
+        record |= {"train/lr": config.optimizer.lr * share_of_peak(config, step)}
         objective = loss = torch.zeros(())
         model.train()
         for micro_batch in range(training.micro_batches):

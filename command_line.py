@@ -170,7 +170,7 @@ def describe_error(key: str, error: Any, places: dict[str, str], alternatives: b
 
     ``alternatives``: the value failed each of several types, of which the knob's range names all.
     """
-    message = error["msg"].removeprefix("Value error, ")
+    message = str(error["msg"]).removeprefix("Value error, ")
     message = message.replace("Input should", "must").replace("String should", "must")
     if key not in fields():  # a condition over several keys of a section names them itself
         return message
@@ -216,7 +216,7 @@ def help_text(description: str) -> str:
     lines += ["Defaults < YAML files in order < flags. Lists are written [a,b], nothing is null.", ""]
     for section, model in Config.model_fields.items():
         page = model.annotation
-        lines.append(f"{section}: {(page.__doc__ or '').strip()}")  # type: ignore[union-attr]
+        lines.append(f"{section}: {(page.__doc__ or '').strip()}")
         for key, field in page.model_fields.items():  # type: ignore[union-attr]
             default = yaml.safe_dump(field.get_default(), default_flow_style=True).splitlines()[0]
             default = f"[{', '.join(map(str, field.default))}]" if isinstance(field.default, tuple) else default

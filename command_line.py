@@ -6,16 +6,9 @@ Order: defaults < YAML files from left to right < flags (the last of a repeated 
 
 from __future__ import annotations
 
-import atexit
-import ctypes
 import difflib
-import os
-import signal
-import sys
 import textwrap
-import traceback
 import types
-from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
@@ -23,9 +16,8 @@ import yaml
 from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
-from config import BadInput, Config, Failure
-
-FINISHED, BAD_INPUT, PREEMPTED, FAILED = 0, 2, 3, 4
+from config import BadInput, Config
+from program import FINISHED
 
 
 def fields() -> dict[str, FieldInfo]:
@@ -234,66 +226,3 @@ def help_text(description: str) -> str:
         lines.append("")
     lines.append("exit codes: 0 finished, 2 bad input, 3 preempted (start again to go on), 4 failed")
     return "\n".join(lines)
-
-
-class Patient:
-    """A standard output that goes on in silence when its reader leaves (`| head`): work must not end for that."""
-
-    def __init__(self, stream: Any) -> None:
-        self.stream = stream
-
-    def write(self, text: str) -> int:
-        """Write, or drop."""
-        return self._try(lambda: self.stream.write(text))
-
-    def flush(self) -> None:
-        """Flush, or drop."""
-        self._try(self.stream.flush)
-
-    def _try(self, work: Callable[[], Any]) -> Any:
-        try:
-            return work()
-        except BrokenPipeError:
-            self.stream = open(os.devnull, "w")
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.stream, name)
-
-
-def run(main: Callable[[list[str]], int | None]) -> None:
-    """Call ``main`` with the command line's words and exit with its code; a user's mistake gets no traceback.
-
-    SIGTERM and SIGUSR1 (SLURM's warning) interrupt like Ctrl-C, until ``main`` knows something better to do.
-    """
-    sys.stdout = Patient(sys.stdout)  # type: ignore[assignment]
-    for number in (signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, signal.default_int_handler)
-    if sys.platform == "linux" and "TORCHELASTIC_RUN_ID" in os.environ:
-        # When torchrun is killed its processes end with it: PR_SET_PDEATHSIG.
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)
-    try:
-        code = main(sys.argv[1:])
-    except BadInput as mistake:
-        if os.environ.get("RANK", "0") == "0":  # all processes of a run meet the same mistake; one tells
-            for line in str(mistake).splitlines():
-                print(line if line.startswith(" ") else f"error: {line}", file=sys.stderr)
-        code = BAD_INPUT
-    except Failure as failure:
-        if os.environ.get("RANK", "0") == "0":
-            print(f"error: {failure}", file=sys.stderr)
-        code = FAILED
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        code = PREEMPTED
-    except Exception:  # a fault of ours or of the machine, not of the user: its traceback is what is needed
-        traceback.print_exc()
-        code = FAILED
-    for number in (signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_IGN)  # the exit code is decided; a signal that comes late changes nothing
-    sys.stdout.flush()
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        # Past this point torch's threads would wait for a process that hangs, or abort: leave without them.
-        atexit._run_exitfuncs()
-        sys.stderr.flush()
-        os._exit(code or FINISHED)
-    raise SystemExit(code or FINISHED)

@@ -393,6 +393,11 @@ class Config(Section):
             raise ValueError("regularizers.mixup_alpha mixes pairs: training.micro_batch_size must be at least 2")
         return self
 
+    @property
+    def tokens_per_step(self) -> int:
+        """Targets of one optimizer step, over all processes and micro-batches."""
+        return self.training.global_batch_size * self.model.context_length
+
     def flat(self) -> dict[str, Any]:
         """All knobs as ``{"section.key": value}``, in the order of this page."""
         nested = self.model_dump(mode="json")

@@ -3,24 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from itertools import count
+from itertools import count, repeat
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from benchmarks.opponents import Shape
 from config import Config, Regularizers
-from data.loader import Batch
+from data.loader import Batch, Batches
+from hardware import resolve, resolve_compile
 from model.gpt import GPT
-from regularizers.averaging import WeightAverage
-from regularizers.weights import add_penalty_gradients
-from training.distributed import decide_compile, start
-from training.gradients import GradientSum
-from training.optimizer import build_optimizers, clip_gradients, decayed_parameters
-from training.step import differentiate
+from training.learner import Learner
+from training.step import training_step
 
+STEPS = 1000  # of the run whose schedules the timed steps follow
 DROPOUT = {f"{place}_dropout": 0.2 for place in ("embedding", "attention", "residual")}  # where GPT-2 has it
 
 
@@ -42,33 +39,19 @@ def our_step(
     config = Config.model_validate(
         {
             "model": {"family": "gpt2", "context_length": shape.context, **sizes, **model},
-            "training": {"global_batch_size": shape.batch, "max_steps": 1000},
+            "training": {"global_batch_size": shape.batch, "max_steps": STEPS},
             "regularizers": regularizers,
             "run": {"precision": precision, "compile": compile},
         }
     )
-    hardware = start(config.run)
+    hardware = resolve(config.run)
     network = GPT(config.model, shape.vocab_size, config.regularizers).initialize(0).to(hardware.device)
-    hardware = decide_compile(hardware, config, {}, network.count_parameters(), 1000)
-    optimizers = build_optimizers(network, config)
-    average = WeightAverage(config.regularizers, 1000)
-    gradients = GradientSum(network, hardware, 1, strict=False)
-    forward = torch.compile(network, dynamic=False) if hardware.compile else network
+    hardware = resolve_compile(hardware, config, {}, network.count_parameters(), STEPS)
+    learner = Learner(network, config, hardware, STEPS)
     steps = count()
 
     def step(tokens_BT: Tensor, targets_BT: Tensor) -> float:
-        number = next(steps)
         batch = Batch(tokens_BT, targets_BT, None, None, np.arange(len(tokens_BT)))
-        terms = differentiate(batch, (0, number, 0), network, forward, config, shape.tokens, hardware)
-        gradients.add(0, torch.stack([terms[name].detach() for name in sorted(terms)]))
-        sums_N = gradients.total()
-        add_penalty_gradients(decayed_parameters(optimizers).values(), config.regularizers)
-        norm = clip_gradients(network, config.optimizer.grad_clip)
-        told = torch.cat([norm[None], sums_N]).tolist()
-        for optimizer in optimizers:
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-        average.update(network, number)
-        return float(told[1 + sorted(terms).index("objective")])
+        return training_step(learner, Batches(repeat(batch)), next(steps)).terms["objective"]
 
     return step

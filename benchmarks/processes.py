@@ -15,8 +15,8 @@ from tqdm import tqdm
 from benchmarks.opponents import Shape
 from benchmarks.timing import ratio, spread
 from config import Failure
-from studies.processes import cores
-from tracking.run_directory import read_metrics
+from program import cores
+from tracking.metrics import read_metrics
 
 SHAPES = {
     "4x128, context 64, batch 12": (Shape(4, 128, 4, 64, 12, 257), 150),
@@ -97,7 +97,7 @@ def seconds_to_save(run: Path) -> float:
     tensors = {name: read_tensors(newest, name) for name in ("model", "optimizer")}
     state = read_state(newest)
     started = time.perf_counter()
-    save(run / "again", state["step"], tensors, state)
+    save(run / "again", tensors, state)
     return time.perf_counter() - started
 
 

@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from benchmarks.opponents import PlainGPT2, Shape, plain_adamw
 from config import BadInput, Failure
-from tracking.run_directory import read_metrics
+from tracking.metrics import read_metrics
 
 GOAL = 1.898  # nats per byte
 SHAPE = Shape(4, 128, 4, 64, 12, 256)

@@ -12,7 +12,7 @@ from torch import Tensor
 from benchmarks.opponents import PlainGPT2, Shape, hugging_face, stepper
 from benchmarks.ours import DROPOUT, everything_on, our_step
 from benchmarks.timing import in_turn, ratio, spread
-from training.distributed import has_fast_bf16, missing_for_compile, operations_per_token
+from hardware import has_fast_bf16, missing_for_compile, operations_per_token
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 LARGE, SMALL = Shape(6, 384, 6, 256, 8, 65), Shape(4, 128, 4, 64, 12, 65)

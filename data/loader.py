@@ -119,11 +119,9 @@ class TrainingLoader:
             ids.append(number * self.windows_per_epoch + window)
         return make_batch(windows, starts if self.isolate_documents else None, ids)
 
-    def batches(
-        self, steps: Iterable[int], micro_batches: Iterable[int], size: int, device: torch.device
-    ) -> Iterator[Batch]:
+    def batches(self, steps: Iterable[int], micro_batches: Iterable[int], size: int, device: torch.device) -> Batches:
         """The micro-batches of these numbers, of ``size`` sequences, of one step after the other, on ``device``."""
-        return (self.batch(step, number * size, size).to(device) for step in steps for number in micro_batches)
+        return Batches(self.batch(step, number * size, size).to(device) for step in steps for number in micro_batches)
 
     def _epoch(self, number: int) -> Epoch:
         if number not in self._epochs:
@@ -154,6 +152,26 @@ class TrainingLoader:
             parts.append(self.split.read(begin + shift, stop + shift))
             begin, place = stop, place + 1
         return np.concatenate(parts)
+
+
+class Batches:
+    """Batches in their order: ``current`` is the next to be trained on, ``advance`` reads the one after it."""
+
+    def __init__(self, batches: Iterator[Batch]) -> None:
+        self._rest = batches
+        self._current: Batch | None = None
+        self.advance()
+
+    @property
+    def current(self) -> Batch:
+        """The next batch; raises IndexError after the last."""
+        if self._current is None:
+            raise IndexError("there is no batch left")
+        return self._current
+
+    def advance(self) -> None:
+        """Read the next batch."""
+        self._current = next(self._rest, None)
 
 
 class EvaluationBatches:

@@ -11,15 +11,13 @@ not at all. The same input gives the same bytes.
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
-import os
 import shutil
 from array import array
 from collections import deque
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +25,7 @@ import numpy as np
 from tokenizers import Tokenizer
 from tqdm import tqdm  # type: ignore[import-untyped]
 
+import files
 from config import BadInput, Data
 from data.sources import Source, open_source
 from data.tokenizers import (
@@ -40,6 +39,7 @@ from data.tokenizers import (
 )
 
 FORMAT = 1  # raise it when the same input would give other bytes
+TRANSFORM_FORMAT = 2  # the same for text with a data.transform
 SPLITS = ("train", "val", "test")
 SHARD_TOKENS = 50_000_000
 
@@ -53,13 +53,13 @@ def prepare(config: Data, root: Path | str = "corpora", quiet: bool = False, sha
     """
     source = open_source(config)
     identity = {
-        "format": FORMAT,
+        "format": TRANSFORM_FORMAT if config.transform else FORMAT,
         "source": source.identity,
         "tokenizer": tokenizer_identity(config.tokenizer, config.vocab_size),
         "split": [source.split, config.val_fraction, config.test_fraction],
         "shard_tokens": shard_tokens,
     }
-    fingerprint = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
+    fingerprint = files.hash_of(identity)[:12]
     directory = Path(root) / f"{source.name}-{fingerprint}"
     if directory.is_dir():  # it was renamed into place, so it was complete
         return directory
@@ -76,9 +76,9 @@ def prepare(config: Data, root: Path | str = "corpora", quiet: bool = False, sha
                 summary = write_corpus(partial, source, config, {"fingerprint": fingerprint, **identity}, quiet)
                 if open_source(config).identity != source.identity:
                     raise BadInput(f"{source.describe} changed while it was read; start again")
-                sync(partial)
+                files.sync(partial)
                 partial.rename(directory)
-                sync(directory.parent)
+                files.sync(directory.parent)
             finally:
                 shutil.rmtree(partial, ignore_errors=True)
     except OSError as problem:
@@ -93,8 +93,10 @@ def prepare(config: Data, root: Path | str = "corpora", quiet: bool = False, sha
 
 def write_corpus(directory: Path, source: Source, config: Data, identity: dict[str, Any], quiet: bool) -> str:
     """Read, split, tokenize and write everything into ``directory``; returns a summary of a few lines."""
+    check_transform(source)
     boundaries = tail_boundaries(source, config) if source.split == "tail" else None
-    tokenizer = make_tokenizer(source, config, boundaries, quiet)
+    owners = held_out_texts(source, config) if source.transform and source.split == "documents" else {}
+    tokenizer = make_tokenizer(source, config, boundaries, owners, quiet)
     tokenizer.save(str(directory / "tokenizer.json"))
     vocab_size, end = vocabulary_size(tokenizer), end_of_text(tokenizer)
     dtype = np.dtype(np.uint16 if vocab_size <= 2**16 else np.uint32)
@@ -104,7 +106,7 @@ def write_corpus(directory: Path, source: Source, config: Data, identity: dict[s
     waiting: deque[tuple[str, int]] = deque()  # split and bytes of the documents that are being encoded
 
     def texts() -> Iterator[str]:
-        for name, text in split_texts(source, config, boundaries):
+        for name, text in split_texts(source, config, boundaries, owners):
             waiting.append((name, len(text.encode())))
             yield text
 
@@ -122,7 +124,7 @@ def write_corpus(directory: Path, source: Source, config: Data, identity: dict[s
         "name": source.name,
         "describe": source.describe,
         "replaced": source.mended.summary(),
-        "tokenizer": {**identity["tokenizer"], **file_entry(directory / "tokenizer.json")},
+        "tokenizer": {**identity["tokenizer"], **entry_of(directory / "tokenizer.json")},
         "vocab_size": vocab_size,
         "end_of_text": end,
         "dtype": {2: "U16", 4: "U32"}[dtype.itemsize],
@@ -131,7 +133,7 @@ def write_corpus(directory: Path, source: Source, config: Data, identity: dict[s
     with open(directory / "manifest.json", "w", encoding="utf-8") as handle:
         json.dump(manifest, handle, indent=1)
     for file in directory.iterdir():
-        sync(file)
+        files.sync(file)
     return describe(manifest)
 
 
@@ -147,7 +149,9 @@ def describe(manifest: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def make_tokenizer(source: Source, config: Data, boundaries: list[int] | None, quiet: bool) -> Tokenizer:
+def make_tokenizer(
+    source: Source, config: Data, boundaries: list[int] | None, owners: dict[int, str], quiet: bool
+) -> Tokenizer:
     """The tokenizer that the config names; bpe is trained on the training split alone."""
     if config.tokenizer == "byte":
         return byte_tokenizer()
@@ -156,7 +160,7 @@ def make_tokenizer(source: Source, config: Data, boundaries: list[int] | None, q
     with progress("training the tokenizer", source, quiet) as bar:
 
         def texts() -> Iterator[str]:
-            for name, text in split_texts(source, config, boundaries):
+            for name, text in split_texts(source, config, boundaries, owners):
                 bar.update(len(text))
                 if name == "train":
                     yield text
@@ -167,37 +171,76 @@ def make_tokenizer(source: Source, config: Data, boundaries: list[int] | None, q
 # ---------------------------------------------------------------------------------------------- splits
 
 
-def split_texts(source: Source, config: Data, boundaries: list[int] | None) -> Iterator[tuple[str, str]]:
-    """Every text with the name of its split, in the source's order.
+def split_texts(
+    source: Source, config: Data, boundaries: list[int] | None, owners: dict[int, str]
+) -> Iterator[tuple[str, str]]:
+    """Every text, as the transform gives it, with the name of its split, in the source's order.
 
-    ``boundaries`` are those of ``tail_boundaries``, or None to split by documents. A document's hash is that of
-    its text before the transform, so all that a transform makes of one document stays in one split.
+    The source is split first and each part transformed by itself, so all that is made of one part stays in its split.
+    ``boundaries`` are those of ``tail_boundaries``, or None to split by documents. Then ``owners`` are those of
+    ``held_out_texts``: a text that is also one of another split, held out before this one, is left out and counted.
     """
-    if boundaries is None:
-        for document in source.documents():
-            name = split_of(document, config.val_fraction, config.test_fraction)
-            for text in source.transformed(document):
+    for name, part in split_source(source, config, boundaries):
+        for text in source.transformed(part):
+            if not owners or owners.get(hash_of(text), name) == name:
                 yield name, text
-        return
+            else:
+                source.mended.held_out += 1
+
+
+def split_source(source: Source, config: Data, boundaries: list[int] | None) -> Iterator[tuple[str, str]]:
+    """Every document before its transform, with the name of its split; a boundary that falls into one cuts it."""
     position = 0
     for document in source.documents():
-        for text in source.transformed(document):
-            for name, start, stop in zip(SPLITS, [0, *boundaries], boundaries, strict=False):
-                part = text[max(0, start - position) : max(0, stop - position)]
-                if part:
-                    yield name, part
-            position += len(text)
-    if position != boundaries[-1]:
+        if boundaries is None:
+            yield split_of(document, config.val_fraction, config.test_fraction), document
+            continue
+        for name, start, stop in zip(SPLITS, [0, *boundaries], boundaries, strict=False):
+            part = document[max(0, start - position) : max(0, stop - position)]
+            if part:
+                yield name, part
+        position += len(document)
+    if boundaries is not None and position != boundaries[-1]:
         raise BadInput(
             f"{source.describe} gave {boundaries[-1]:,} characters at first and {position:,} the second time; "
-            "is it being written to, or is data.transform random?"
+            "is it being written to?"
         )
+
+
+def held_out_texts(source: Source, config: Data) -> dict[int, str]:
+    """The hash of every text of the held-out documents, before and after the transform, with the split that owns it.
+
+    Two documents that differ, in different splits, may become the same text, and one may become the other. Such a text
+    belongs to test before val before train. Holds about 100 bytes for each text.
+    """
+    owners: dict[int, str] = {}
+    for name, document in split_source(source, config, None):
+        if name != "train":
+            for text in (document, *source.transformed(document)):
+                if owners.get(hash_of(text)) != "test":
+                    owners[hash_of(text)] = name
+    return owners
+
+
+def check_transform(source: Source) -> None:
+    """The transform gives the same for the first document twice; raises BadInput if not."""
+    first = next(source.documents(), None) if source.transform else None
+    if first is not None and source.transformed(first) != source.transformed(first):
+        name = source.identity["transform"]["name"]
+        raise BadInput(
+            f"data.transform {name} gave two results for the document that begins {first[:60]!r}; "
+            "the same text must always give the same: give a random one a seed made of the text"
+        )
+
+
+def hash_of(text: str) -> int:
+    """64 bits of BLAKE2b of a text."""
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")
 
 
 def split_of(document: str, val_fraction: float, test_fraction: float) -> str:
     """The split into which a document falls by the hash of its text, whatever the seed of the run."""
-    digest = hashlib.blake2b(document.encode(), digest_size=8).digest()
-    fraction = int.from_bytes(digest, "big") / 2**64
+    fraction = hash_of(document) / 2**64
     if fraction < test_fraction:
         return "test"
     return "val" if fraction < test_fraction + val_fraction else "train"
@@ -205,7 +248,7 @@ def split_of(document: str, val_fraction: float, test_fraction: float) -> str:
 
 def tail_boundaries(source: Source, config: Data) -> list[int]:
     """Where train, val and test end if the end of the text is held out: three counts of characters."""
-    n = sum(len(text) for document in source.documents() for text in source.transformed(document))
+    n = sum(map(len, source.documents()))
     return [round(n * (1 - config.val_fraction - config.test_fraction)), round(n * (1 - config.test_fraction)), n]
 
 
@@ -259,7 +302,7 @@ class SplitWriter:
         file = self.directory / f"{self.name}-{len(self.shards):05d}.safetensors"
         starts = np.array(self.starts, dtype=np.int64)
         save_file({"tokens": self.buffer[: self.filled], "document_starts": starts}, file)
-        self.shards.append({**file_entry(file), "tokens": self.filled, "documents": len(starts)})
+        self.shards.append({**entry_of(file), "tokens": self.filled, "documents": len(starts)})
         self.filled, self.starts = 0, array("q")
 
     def close(self) -> None:
@@ -272,11 +315,9 @@ class SplitWriter:
         return {"bytes": self.bytes, "tokens": self.tokens, "documents": self.documents, "shards": self.shards}
 
 
-def file_entry(file: Path) -> dict[str, Any]:
+def entry_of(file: Path) -> dict[str, Any]:
     """Name, size and sha256 of a file, for the manifest."""
-    with open(file, "rb") as handle:
-        digest = hashlib.file_digest(handle, "sha256").hexdigest()
-    return {"file": file.name, "size": file.stat().st_size, "sha256": digest}
+    return {"file": file.name, **files.entry_of(file)}
 
 
 def progress(title: str, source: Source, quiet: bool) -> tqdm:
@@ -284,15 +325,6 @@ def progress(title: str, source: Source, quiet: bool) -> tqdm:
     return tqdm(
         total=source.n_bytes, desc=title, unit="B", unit_scale=True, leave=False, disable=True if quiet else None
     )
-
-
-def sync(path: Path) -> None:
-    """Make sure that a file, or the names in a directory, are on disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def partial_of(directory: Path) -> Path:
@@ -303,22 +335,19 @@ def partial_of(directory: Path) -> Path:
 @contextmanager
 def locked(directory: Path, quiet: bool = True) -> Iterator[None]:
     """Hold the lock of one corpus; the system frees it when the process dies. Its small file stays."""
-    with open(directory.with_name(f".{directory.name}.lock"), "w") as handle:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            if not quiet:
-                print(f"another process is preparing {directory}; waiting for it", flush=True)
-            fcntl.flock(handle, fcntl.LOCK_EX)
+    path = directory.with_name(f".{directory.name}.lock")
+    try:
+        file = files.lock(path)
+    except BlockingIOError:
+        if not quiet:
+            print(f"another process is preparing {directory}; waiting for it", flush=True)
+        file = files.lock(path, wait=True)
+    with file:
         yield
 
 
 def sweep(root: Path) -> None:
     """Remove what killed preparations left in ``root``: partial directories whose lock nobody holds."""
     for partial in root.glob(".*.partial"):
-        with open(partial.with_name(partial.name.removesuffix(".partial") + ".lock"), "w") as handle:
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                continue
+        with suppress(BlockingIOError), files.lock(partial.with_suffix(".lock")):
             shutil.rmtree(partial, ignore_errors=True)

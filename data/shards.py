@@ -6,10 +6,8 @@ headers. Only JSON and safetensors are read; nothing is ever unpickled.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
-import stat
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +16,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from tokenizers import Tokenizer
 
+import files
 from config import BadInput
 from data.tokenizers import plain, vocabulary_size
 
@@ -110,12 +109,13 @@ class Corpus:
             shards = [shard for name in names for shard in manifest["splits"][name]["shards"]]
             entries = [manifest["tokenizer"], *shards]
             for entry in entries:
-                check_file(directory, entry, verify)
+                if problem := files.problem_of(directory, entry["file"], entry, verify):
+                    raise BadInput(f"{problem}; {way_out(directory)}")
             for name in names:
                 check_counts(directory, name, manifest["splits"][name])
             contents = [manifest["vocab_size"], manifest["end_of_text"], manifest["dtype"], names]
             contents += [entry["sha256"] for entry in entries]
-            fingerprint = hashlib.sha256(json.dumps(contents).encode()).hexdigest()[:16]
+            fingerprint = files.hash_of(contents)[:16]
             vocab_size, end_of_text = int(manifest["vocab_size"]), int(manifest["end_of_text"])
         except (KeyError, TypeError, ValueError, AttributeError) as problem:
             raise bad_manifest(
@@ -137,10 +137,14 @@ class Corpus:
         return tokenizer
 
     def bytes_per_token(self, split: Split, n_tokens: int | None = None) -> float:
-        """UTF-8 bytes of text per token of ``split``, or of its first ``n_tokens``, which are decoded and counted."""
+        """UTF-8 bytes of text per target of ``split``, or of its first ``n_tokens``, which are decoded and counted.
+
+        All tokens are targets but the first, the end-of-text token before the first document, which stands for no
+        text. So loss in nats per token / ln 2 / this is the bits of all targets by the bytes of their text.
+        """
         if n_tokens is None or n_tokens >= split.n_tokens:
-            return split.n_bytes / split.n_tokens
-        return len(self.tokenizer().decode(split.read(0, n_tokens).tolist()).encode()) / n_tokens
+            return split.n_bytes / (split.n_tokens - 1)
+        return len(self.tokenizer().decode(split.read(0, n_tokens).tolist()).encode()) / (n_tokens - 1)
 
     def split(self, name: str) -> Split:
         """The split "train", "val" or "test"; raises BadInput if there is none, or if its index is damaged."""
@@ -188,26 +192,6 @@ def read_manifest(directory: Path) -> dict[str, Any]:
     if not isinstance(manifest, dict):
         raise bad_manifest(directory, "holds no JSON object")
     return manifest
-
-
-def check_file(directory: Path, entry: dict[str, Any], verify: bool) -> None:
-    """Name, kind, size and (if ``verify``) sha256 of one file of the manifest."""
-    name = entry["file"]
-    if not isinstance(name, str) or name != Path(name).name or name in ("", ".", "..") or {"\\", "\0"} & set(name):
-        raise bad_manifest(directory, f"names a file outside its directory: {name!r}")
-    path = directory / name
-    try:
-        found = path.lstat()
-        if not stat.S_ISREG(found.st_mode):
-            raise BadInput(f"{path} is a link or no regular file; {way_out(directory)}")
-        if found.st_size != entry["size"]:
-            raise BadInput(f"{path} has {found.st_size} bytes, its manifest says {entry['size']}; {way_out(directory)}")
-        if verify:
-            with open(path, "rb") as handle:
-                if hashlib.file_digest(handle, "sha256").hexdigest() != entry["sha256"]:
-                    raise BadInput(f"{path} was changed after it was written (sha256 differs); {way_out(directory)}")
-    except OSError as problem:
-        raise BadInput(f"{path} cannot be read ({problem.strerror}); {way_out(directory)}") from problem
 
 
 def check_counts(directory: Path, name: str, entry: dict[str, Any]) -> None:

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from data.loader import EvaluationBatches
+from hardware import Hardware
 from model.gpt import GPT
-from training.distributed import Hardware, total
+from training.processes import total
 
 BINS = 15  # of the expected calibration error: equal widths of top-1 confidence
 CHUNK_NUMBERS = 2**24  # logits held at once

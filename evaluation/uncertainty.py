@@ -27,10 +27,10 @@ from tqdm import tqdm  # type: ignore[import-untyped]
 from config import BadInput, Data
 from data.loader import Batch, EvaluationBatches
 from data.shards import Corpus, Shard, Split
+from hardware import Hardware
 from model.gpt import GPT
 from randomness import seed_activations, seed_for
 from regularizers.activations import Dropout, StochasticDepth
-from training.distributed import Hardware
 
 STOCHASTIC = (Dropout, StochasticDepth)  # the modules that draw random numbers in training mode
 CHUNK_NUMBERS = 2**24  # logits held at once

@@ -2,6 +2,9 @@
 
 Expectations are kept: what survives is divided by the rate at which it survives. Random bits come from
 torch's default generators, which ``randomness.seed_activations`` seeds for each global micro-batch.
+
+On a CPU the masks of compiled code are those of eager mode, bit for bit. On other devices the compiler draws numbers of
+its own: eager and compiled masks have the same distribution there, and each form repeats its own.
 """
 
 from __future__ import annotations
@@ -46,15 +49,36 @@ def keep_bits(shape: torch.Size, p: float, like: torch.dtype, device: torch.devi
     return difference.bitwise_right_shift_(size - 1).to(_SIGNED[8 * like.itemsize]), q
 
 
+# The draws of compiled code on a CPU, as operations that the compiler does not look into. ``after`` is a number of the
+# tensor that the mask is for, see ``_first``. The compiler merges operations with the same arguments, whatever their
+# tags say, and may reorder those that do not need each other: without it all layers would share one mask.
+
+
 @torch.library.custom_op("wellposed::kept", mutates_args=(), tags=(torch.Tag.nondeterministic_seeded,))
-def _kept(shape: list[int], p: float, device: torch.device) -> Tensor:
-    """``keep_bits`` in bytes, as one operation of compiled code: the compiler's own draws and shifts are slow."""
-    return keep_bits(torch.Size(shape), p, torch.int8, device)[0]
+def _kept(shape: list[int], p: float, after: Tensor) -> Tensor:
+    """``keep_bits`` in bytes: the compiler's own draws and shifts are slow."""
+    return keep_bits(torch.Size(shape), p, torch.int8, after.device)[0]
 
 
 @_kept.register_fake
-def _(shape: list[int], p: float, device: torch.device) -> Tensor:
-    return torch.empty(shape, dtype=torch.int8, device=device)
+def _(shape: list[int], p: float, after: Tensor) -> Tensor:
+    return torch.empty(shape, dtype=torch.int8, device=after.device)
+
+
+@torch.library.custom_op("wellposed::uniform", mutates_args=(), tags=(torch.Tag.nondeterministic_seeded,))
+def _uniform(shape: list[int], after: Tensor) -> Tensor:
+    """``torch.rand``."""
+    return torch.rand(shape, device=after.device)
+
+
+@_uniform.register_fake
+def _(shape: list[int], after: Tensor) -> Tensor:
+    return torch.empty(shape, device=after.device)
+
+
+def _first(x: Tensor) -> Tensor:
+    """The first number of ``x``: whoever asks for it waits for all draws that ``x`` was made with."""
+    return x.detach()[(0,) * x.ndim]
 
 
 class _Drop(torch.autograd.Function):
@@ -99,7 +123,7 @@ class Dropout(nn.Module):
         if x.device.type != "cpu":
             return F.dropout(x, self.p)
         if torch.compiler.is_compiling():  # a product joins the operations beside it, an AND of integers would not
-            return x * _kept(x.shape, self.p, x.device).to(x.dtype) * (-1 / (1 - mask_rate(self.p)[2]))
+            return x * _kept(x.shape, self.p, _first(x)).to(x.dtype) * (-1 / (1 - mask_rate(self.p)[2]))
         kept, q = keep_bits(x.shape, self.p, x.dtype, x.device)
         out: Tensor = _Drop.apply(x, kept, 1 / (1 - q))
         return out
@@ -121,7 +145,12 @@ class StochasticDepth(nn.Module):
     def forward(self, x_BTD: Tensor) -> Tensor:
         if self.p == 0.0 or not self.training:
             return x_BTD
-        kept_B11 = torch.rand(len(x_BTD), 1, 1, device=x_BTD.device) >= self.p
+        shape = [len(x_BTD), 1, 1]
+        if x_BTD.device.type == "cpu" and torch.compiler.is_compiling():
+            drawn_B11 = _uniform(shape, _first(x_BTD))
+        else:
+            drawn_B11 = torch.rand(shape, device=x_BTD.device)
+        kept_B11 = drawn_B11 >= self.p
         return x_BTD * (kept_B11 / (1 - self.p)).to(x_BTD.dtype)
 
     def extra_repr(self) -> str:

@@ -21,31 +21,32 @@ class WeightAverage:
 
     def __init__(self, config: Regularizers, total_steps: int) -> None:
         self.config, self.total_steps = config, total_steps
-        self.count = 0  # weights that went into it
-        self.weights: dict[str, Tensor] = {}
+        self.weights: dict[str, Tensor] = {}  # empty before the first counted step
+
+    def count(self, step: int) -> int:
+        """How many of the weights after 1 … ``step`` steps went into the average."""
+        if self.config.swa_start is None:
+            return step if self.config.ema_decay else 0
+        since = step - max(1, round(self.config.swa_start * self.total_steps))
+        return 0 if since < 0 else since // self.config.swa_every + 1
 
     @torch.no_grad()
     def update(self, model: nn.Module, step: int) -> None:
         """Take in the weights after ``step`` steps, if the average counts that step."""
-        config = self.config
-        if config.swa_start is not None:
-            since = step - max(1, round(config.swa_start * self.total_steps))
-            if since < 0 or since % config.swa_every:
-                return
-        elif not config.ema_decay:
+        count = self.count(step)
+        if count == self.count(step - 1):
             return
         raw = dict(model.named_parameters())
-        if self.count == 0:
+        if count == 1:
             self.weights = {name: weight.detach().clone() for name, weight in raw.items()}
-        else:
-            new = 1 - config.ema_decay if config.ema_decay else 1 / (self.count + 1)
-            torch._foreach_lerp_(list(self.weights.values()), [raw[name].detach() for name in self.weights], new)
-        self.count += 1
+            return
+        new = 1 - self.config.ema_decay if self.config.ema_decay else 1 / count
+        torch._foreach_lerp_(list(self.weights.values()), [raw[name].detach() for name in self.weights], new)
 
-    def load(self, weights: dict[str, Tensor], count: int, model: nn.Module) -> None:
+    def load(self, weights: dict[str, Tensor], model: nn.Module) -> None:
         """Go on from a checkpoint's averaged weights."""
         devices = {name: weight.device for name, weight in model.named_parameters()}
-        self.weights, self.count = {name: weight.to(devices[name]) for name, weight in weights.items()}, count
+        self.weights = {name: weight.to(devices[name]) for name, weight in weights.items()}
 
     @contextmanager
     def in_place_of(self, model: nn.Module) -> Iterator[None]:

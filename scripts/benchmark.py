@@ -19,8 +19,8 @@ import importlib
 from pathlib import Path
 from typing import Any
 
-from command_line import FINISHED, run
 from config import BadInput
+from program import FINISHED, run
 
 PARTS = ("steps", "losses", "pipeline", "processes", "precision", "race")
 
@@ -37,8 +37,8 @@ def main(arguments: list[str]) -> int:
     options = parser.parse_args(arguments)
     if unknown := set(options.parts) - set(PARTS):
         raise BadInput(f"no part is called {', '.join(sorted(unknown))}; there are {', '.join(PARTS)}")
+    from files import write_json
     from tracking.run_directory import versions
-    from training.checkpoint import write_json
 
     results: dict[str, Any] = {"versions": versions()}
     options.json.parent.mkdir(parents=True, exist_ok=True)

@@ -12,8 +12,9 @@ import shutil
 import textwrap
 from pathlib import Path
 
-from command_line import FINISHED, parse, run
+from command_line import parse
 from config import BadInput, Config, Regularizers
+from program import FINISHED, run
 
 
 def main(arguments: list[str]) -> int:

@@ -12,8 +12,8 @@ import argparse
 from pathlib import Path
 from typing import Any, Literal
 
-from command_line import FINISHED, run
 from config import BadInput, Config
+from program import FINISHED, run
 
 OOD_SAMPLES = 10  # of MC-dropout when --ood is given without --mc_samples
 
@@ -24,16 +24,16 @@ def main(arguments: list[str]) -> int:
     import pictures
     from evaluation.evaluate import evaluate
     from evaluation.uncertainty import check_stochastic, foreign_split
+    from files import write_json
+    from hardware import resolve
     from tracking.load_run import has_average, load_corpus, load_model, locate
     from tracking.run_directory import read_summary
-    from training import distributed
-    from training.checkpoint import write_json
 
     directory, checkpoint = locate(Path(options.run))
     model, config, _ = load_model(checkpoint)
     corpus = load_corpus(directory)
     where = config.run.model_copy(update={"device": options.device})
-    hardware = distributed.start(where, read_summary(directory).get("hardware"))
+    hardware = resolve(where, read_summary(directory).get("hardware"))
     names = ("val", "test") if options.split == "both" else (options.split,)
     splits = {
         name: corpus.split(name) for name in names if options.split != "both" or name in corpus.manifest["splits"]
@@ -61,7 +61,8 @@ def main(arguments: list[str]) -> int:
         for name, split in splits.items():
             title = f"{name}, averaged" if kind == "average" else name
             batches = batches_of(split, config, f"evaluating {title}")
-            found, calibrations[name] = evaluate(model, batches, hardware, split.n_bytes / split.n_tokens)
+            bytes_per_token = corpus.bytes_per_token(corpus.split(name), options.max_tokens)
+            found, calibrations[name] = evaluate(model, batches, hardware, bytes_per_token)
             columns[title] = results[name][kind] = found
     print(f"run               {directory}, checkpoint {checkpoint.name}\n\n{table(columns)}")
 

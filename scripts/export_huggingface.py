@@ -12,8 +12,8 @@ import sys
 from importlib.util import find_spec
 from pathlib import Path
 
-from command_line import FAILED, FINISHED, run
 from config import BadInput
+from program import FAILED, FINISHED, run
 
 LARGEST_DIFFERENCE = 1e-5  # of logits, as a share of the largest
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import argparse
 
-from command_line import FINISHED, run
+from program import FINISHED, run
 
 
 def main(arguments: list[str]) -> int:

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from command_line import parse, run
+from command_line import parse
+from program import run
 
 
 def main(arguments: list[str]) -> None:

@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import argparse
 
-from command_line import FINISHED, PREEMPTED, run
 from config import BadInput
+from program import FINISHED, PREEMPTED, run
 from studies.results import is_finished
 from studies.space import read_study
 

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import signal
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from program import end_with_parent
+
 ROOT = Path(__file__).parent.parent
-PR_SET_PDEATHSIG = 1
-# Loaded here, because nothing may be imported between fork and exec.
-LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
 
 
 def start(command: list[str], environment: dict[str, str], **options: Any) -> subprocess.Popen[str]:
@@ -27,25 +24,19 @@ def start(command: list[str], environment: dict[str, str], **options: Any) -> su
         env=os.environ | environment,
         stdin=subprocess.DEVNULL,
         process_group=0,
-        preexec_fn=_die_with(os.getpid()) if LIBC else None,
+        preexec_fn=_end_with(os.getpid()),
         text=True,
         **options,
     )
 
 
-def _die_with(parent: int) -> Callable[[], None]:
+def _end_with(parent: int) -> Callable[[], None]:
     def ask_the_kernel() -> None:
-        assert LIBC is not None
-        LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+        end_with_parent(signal.SIGTERM)
         if os.getppid() != parent:  # it died before we asked
             os._exit(1)
 
     return ask_the_kernel
-
-
-def cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def gpus() -> list[str]:

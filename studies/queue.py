@@ -6,7 +6,6 @@ is handed out twice, because its worker seemed dead, costs a look and no run.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import logging
 import math
@@ -22,9 +21,9 @@ from optuna.distributions import CategoricalDistribution, FloatDistribution, Int
 from optuna.storages import RDBStorage, RetryHeartbeatStaleTrialCallback, fail_stale_trials
 from optuna.trial import FrozenTrial, TrialState
 
+import files
 from config import BadInput
 from studies.knobs import name_of, whole
-from studies.results import replace_file
 from studies.space import Point, Range, Study, confirmation_seeds
 from studies.storage import AWAY, patient, storage_url, why_away, without_password
 
@@ -86,7 +85,7 @@ class Queue:
         """The name in the database: on one server two directories may hold studies of one name."""
         path = self.study.directory / "queue.id"
         if not path.exists():
-            replace_file(path, uuid.uuid4().hex[:8])
+            files.write_text(path, uuid.uuid4().hex[:8])
         return f"{self.study.name}-{path.read_text()}"
 
     @patient
@@ -109,8 +108,7 @@ class Queue:
     @contextmanager
     def alone(self) -> Iterator[None]:
         """No other process of this study changes the queue meanwhile."""
-        with open(self.study.directory / "queue.lock", "w") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
+        with files.lock(self.study.directory / "queue.lock", wait=True):
             yield
 
     @patient
@@ -136,7 +134,7 @@ class Queue:
                 if (point.name, seed) not in busy:
                     self.shared.enqueue_trial({}, user_attrs={"point": point.name, "knobs": point.knobs, "seed": seed})
             begun = [trial for trial in (*there, *self._trials(TrialState.COMPLETE)) if key(trial) is None]
-            # A search whose runs failed is none to be repeated: its point is known, and its runs are wanted.
+            # A failed trial is not replaced: its point is known and its runs are wanted already.
             failed = {trial.user_attrs.get("found") for trial in self._trials(TrialState.FAIL)}
             failed -= {trial.user_attrs.get("found") for trial in begun}
             for _ in range(trials - len(begun) - len(failed & {*points})):

@@ -18,8 +18,9 @@ from markupsafe import Markup
 
 import pictures
 from config import Config
+from files import write_text
 from studies.findings import Findings, answer, cautions, chance, find, number, short
-from studies.results import Result, collect, replace_file, write_results, write_table
+from studies.results import Result, collect, write_results, write_table
 from studies.space import Point, Study
 from studies.statistics import mean, seeds_needed
 from studies.tracking import log_summary
@@ -42,7 +43,7 @@ def write_report(study: Study, points: Sequence[Point] | None = None) -> tuple[P
     drawn = draw(findings)
     for name, picture in drawn.items():
         pictures.save(picture["wide"], directory / f"{name}.png")
-    replace_file(directory / "report.html", render(findings, drawn))
+    write_text(directory / "report.html", render(findings, drawn))
     sentences = answer(findings)
     log_summary(study, findings, ranking, {name: directory / f"{name}.png" for name in drawn}, sentences)
     return directory / "report.html", sentences + [f"note: {line}" for line in cautions(findings)]

@@ -7,18 +7,17 @@ reason. Runs on the confirmation seeds (fresh ones, on which the winner and the 
 from __future__ import annotations
 
 import csv
-import fcntl
 import io
-import os
-import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from config import BadInput
+from files import write_text
 from studies.space import Point, Study, confirmation_seeds
-from tracking.run_directory import read_metrics, read_summary
+from tracking.metrics import read_metrics
+from tracking.run_directory import read_summary
 
 FINISHED = "finished"
 DIVERGED = 1e12  # a metric beyond this (a perplexity can reach 1e300) is as good as not finite
@@ -160,28 +159,9 @@ def write_table(path: Path, rows: list[dict[str, Any]]) -> None:
     writer = csv.DictWriter(text, list(rows[0]) if rows else [], lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
-    replace_file(path, text.getvalue())
-
-
-def replace_file(path: Path, text: str) -> None:
-    """Write a text in one step, so that a reader finds the old or the new one; of several writers the last wins."""
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.new")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+    write_text(path, text.getvalue())
 
 
 def is_finished(directory: Path) -> bool:
     """Whether the run is over: its summary says so, not the queue."""
     return read_summary(directory).get("status") == "finished"
-
-
-def in_use(directory: Path) -> bool:
-    """Whether a process is training in the run's directory."""
-    try:
-        with open(directory / "lock") as file:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except FileNotFoundError:
-        return False
-    except OSError:
-        return True
-    return False

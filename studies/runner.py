@@ -15,15 +15,16 @@ from pathlib import Path
 import yaml
 from tqdm import tqdm
 
-from command_line import FAILED, FINISHED, PREEMPTED
 from config import BadInput
 from data.prepare import prepare
+from files import write_text
+from program import FAILED, FINISHED, PREEMPTED, cores, warn
 from studies import processes
 from studies.queue import Queue
-from studies.results import collect, is_finished, replace_file
+from studies.results import collect, is_finished
 from studies.space import Point, Study, confirmation_seeds
 from studies.storage import storage_url, without_password
-from tracking.run_directory import check_config, say
+from tracking.run_directory import check_config
 
 SHOWN = 5  # of many mistakes of one kind
 
@@ -39,7 +40,7 @@ def run_study(study: Study) -> int:
     number = max(len(points), 1 + (study.trials or 0))
     print(f"{number * len(study.seeds)} runs: {number} points on {len(study.seeds)} seeds", flush=True)
     for warning in study.warnings():
-        say(warning)
+        warn(warning)
     check_runs(study, searched)
     sources = [study.config(point, study.seeds[0]).data for point in points]
     for data in {source.model_dump_json(): source for source in sources}.values():
@@ -49,7 +50,7 @@ def run_study(study: Study) -> int:
     shown, password = without_password(storage_url(study))
     # Others may read the file: the workers get the password by their environment.
     stored = study.resolved() | ({"storage": shown} if study.storage else {})
-    replace_file(file, yaml.safe_dump(stored, sort_keys=False, allow_unicode=True))
+    write_text(file, yaml.safe_dump(stored, sort_keys=False, allow_unicode=True))
 
     crew = Crew(study, file, {} if password is None else {"PGPASSWORD": password})
     queue.fill(unfinished(study, searched), study.trials or 0)
@@ -69,9 +70,9 @@ def run_study(study: Study) -> int:
         return PREEMPTED
     missing = unfinished(study, pairs(study) + confirmed)
     for point, seed in missing[:SHOWN]:
-        say(f"{point.name} seed {seed} is not finished; see {study.run_directory(point, seed) / 'train.log'}")
+        warn(f"{point.name} seed {seed} is not finished; see {study.run_directory(point, seed) / 'train.log'}")
     if missing:
-        say(f"{len(missing)} runs are not finished; the same command goes on with them")
+        warn(f"{len(missing)} runs are not finished; the same command goes on with them")
     return FAILED if missing else FINISHED
 
 
@@ -141,9 +142,9 @@ class Crew:
         device = self.study.config(self.study.points()[0], 0).run.device
         gpus = processes.gpus() if device in ("auto", "cuda") else []
         asked = self.study.workers
-        number = (len(gpus) or max(1, min(processes.cores(), left))) if asked == "auto" else asked
+        number = (len(gpus) or max(1, min(cores(), left))) if asked == "auto" else asked
         command = [sys.executable, "-m", "studies.worker", str(self.file)]
-        command.append(f"--threads={max(1, processes.cores() // number)}")
+        command.append(f"--threads={max(1, cores() // number)}")
         paths = filter(None, [str(processes.ROOT), os.environ.get("PYTHONPATH")])
         environment = self.environment | {"PYTHONPATH": os.pathsep.join(paths)}
         print(f"{left} runs to go, {number} at a time, in {self.study.directory}", flush=True)
@@ -166,7 +167,7 @@ class Crew:
                     tell(bar, f"at this pace all take about {minutes:.1f} minutes")
         for worker in self.workers:
             if worker.wait() < 0 and not self.told_to_stop:
-                say(f"a worker was killed by {signal.Signals(-worker.returncode).name}; others take over its run")
+                warn(f"a worker was killed by {signal.Signals(-worker.returncode).name}; others take over its run")
         self.workers = []
 
     def _finished(self) -> int:

@@ -30,7 +30,7 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 from command_line import make, put, put_sections, read_yaml
 from config import BadInput, Config, Section
 from studies.knobs import LONGEST_NAME, full_names, name_of
-from tracking.run_directory import read_flat
+from tracking.run_directory import read_config
 
 BASELINE = "baseline"
 METRICS = (
@@ -314,10 +314,9 @@ class Study(Section):
 
     def _found_points(self, baseline: Point) -> list[Point]:
         """The points that a search has started: what the config files in the study's directory say."""
-        default = Config().flat()
         found = []
         for path in sorted(self.directory.glob(f"*-seed{self.seeds[0]}/config.yaml")):
-            flat = default | read_flat(path)
+            flat = read_config(path.parent).flat()
             knobs = {knob: flat[knob] for knob in self.ranges()}
             if path.parent.name == f"{name_of(knobs)}-seed{self.seeds[0]}":
                 found.append(Point(name_of(knobs), knobs))

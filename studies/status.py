@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from studies.results import in_use, metric_value
+from collections import Counter
+from pathlib import Path
+
+from files import is_locked
+from studies.results import metric_value
 from studies.runner import pairs, to_confirm
 from studies.space import Study, confirmation_seeds
 from tracking.run_directory import read_summary
@@ -19,30 +23,24 @@ def status_lines(study: Study) -> list[str]:
         wanted |= {(point, seed) for point in (points[0], best) for seed in confirmation_seeds(study)}
     width = max(len(point.name) for point in points)
     lines = [f"{'':{width}}" + "".join(f"  {f'seed {seed}':>9}" for seed in seeds)]
-    counts: dict[str, int] = {}
+    counts: Counter[str] = Counter()
     ends: list[float] = []
     for point in points:
         cells = []
         for seed in seeds:
-            if (point, seed) not in wanted:
-                cells.append("")
-                continue
             directory = study.run_directory(point, seed)
-            state = read_summary(directory).get("status", "waiting")
-            if state != "finished" and in_use(directory):
-                state = "running"
-            elif state in ("running", "preempted"):  # cut off: it waits to be gone on with
-                state = "waiting"
-            counts[state] = counts.get(state, 0) + 1
+            state = state_of(directory) if (point, seed) in wanted else ""
             value = metric_value(directory, study.metric) if state == "finished" else None
             cells.append(f"{value:.4f}" if value is not None else state)
+            counts[state] += 1
             if state == "finished":
                 ends.append((directory / "summary.json").stat().st_mtime)
         lines.append(f"{point.name:{width}}" + "".join(f"  {cell:>9}" for cell in cells))
+    del counts[""]
     lines += ["", ", ".join(f"{count} {state}" for state, count in sorted(counts.items())) + f" ({study.metric})"]
     if best is not None:
         lines.append(f"best so far       {best.name}")
-    left = sum(count for state, count in counts.items() if state in ("waiting", "running"))
+    left = counts["waiting"] + counts["running"]
     if study.search == "tpe":
         left += max(0, (study.trials or 0) + 1 - len(points)) * len(study.seeds)
     recent = sorted(ends)[-RECENT:]
@@ -50,3 +48,11 @@ def status_lines(study: Study) -> list[str]:
         minutes = left * (recent[-1] - recent[0]) / (len(recent) - 1) / 60
         lines.append(f"time left         about {minutes:.0f} minutes at the pace of the last {len(recent)} runs")
     return lines
+
+
+def state_of(directory: Path) -> str:
+    """What the run in a directory is: waiting, running, failed or finished."""
+    state = str(read_summary(directory).get("status", "waiting"))
+    if state != "finished" and is_locked(directory / "lock"):
+        return "running"
+    return "waiting" if state in ("running", "preempted") else state  # cut off: it waits to be gone on with

@@ -13,8 +13,8 @@ from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import ArgumentError, SQLAlchemyError
 
 from config import BadInput, Failure
+from program import warn
 from studies.space import Study
-from tracking.run_directory import say
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -77,7 +77,7 @@ def patient(method: Callable[P, R]) -> Callable[P, R]:
                 reason = why_away(problem)
                 if end is None:
                     end = time.monotonic() + OUTAGE
-                    say(f"the study's storage does not answer ({reason}); trying again for {OUTAGE:.0f} seconds")
+                    warn(f"the study's storage does not answer ({reason}); trying again for {OUTAGE:.0f} seconds")
                 elif time.monotonic() > end:
                     raise Failure(
                         f"the study's storage was away for {OUTAGE:.0f} seconds ({reason}); "

@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from program import warn
 from studies.findings import Findings
 from studies.space import Study
-from tracking.metrics import start_wandb, wandb_mode
-from tracking.run_directory import say
+from tracking.weights_and_biases import start_wandb, wandb_mode
 
 
 def log_summary(
@@ -42,4 +42,4 @@ def log_summary(
             )
         run.finish()
     except Exception as problem:  # whatever a dead or unreachable W&B raises must not lose a report
-        say(f"W&B did not take the report ({problem}); it is whole in {study.directory}")
+        warn(f"W&B did not take the report ({problem}); it is whole in {study.directory}")

@@ -17,11 +17,12 @@ from pathlib import Path
 
 import yaml
 
-from command_line import FINISHED, PREEMPTED, run
 from config import BadInput, Config
+from files import is_locked
+from program import FINISHED, PREEMPTED, run
 from studies.processes import ROOT, start
 from studies.queue import HEARTBEAT, Queue, Task
-from studies.results import in_use, is_finished, metric_value
+from studies.results import is_finished, metric_value
 from studies.space import Study, read_study
 from tracking.run_directory import read_summary, update_summary
 
@@ -82,7 +83,7 @@ class Worker:
         directory.mkdir(exist_ok=True)
         log, name, began = directory / "train.log", f"{task.point.name} seed {seed}", time.monotonic()
         while True:
-            while in_use(directory) and not self.told_to_stop:
+            while is_locked(directory / "lock") and not self.told_to_stop:
                 self.queue.beat(task)
                 time.sleep(PATIENCE)
             if is_finished(directory):
@@ -102,7 +103,7 @@ class Worker:
             if code == PREEMPTED or "is in use by" in said:
                 continue  # it was stopped by someone else, or another was faster: look again
             reason = reason_of(said, code)
-            if not in_use(directory):
+            if not is_locked(directory / "lock"):
                 update_summary(directory, status="failed", error=reason)
             print(f"{name}: failed, {reason}; see {log}", flush=True)
             return False

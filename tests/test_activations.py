@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from config import Model, Regularizers
+from hardware import missing_for_compile
 from model.gpt import GPT
 from randomness import seed_activations
 from regularizers.activations import Dropout, StochasticDepth, depth_rate, keep_bits, mask_rate
-from training.distributed import missing_for_compile
 
 
 @pytest.mark.parametrize("p", [1e-6, 1e-4, 0.01, 0.05, 0.1, 0.2, 0.5, 0.9, 0.999, 0.99999])
@@ -105,3 +105,23 @@ def test_compiled_code_draws_the_same_masks() -> None:
         for one, other in zip(*results, strict=True):
             assert torch.equal(one == 0, other == 0) and 0.19 < (one == 0).double().mean() < 0.21
             torch.testing.assert_close(one, other, rtol=tolerance, atol=0.0)
+
+
+def test_a_compiled_network_draws_the_same_masks() -> None:
+    """Many draws in one forward, several of the same shape and rate: hidden states and gradients to float rounding."""
+    if missing_for_compile():
+        pytest.skip("torch.compile needs a C++ compiler here")
+    knobs = Regularizers(
+        embedding_dropout=0.2, attention_dropout=0.2, residual_dropout=0.2, mlp_dropout=0.2, stochastic_depth=0.5
+    )
+    model = GPT(Model(n_layers=2, d_model=32, n_heads=2, context_length=16), 50, knobs).initialize(0).train()
+    tokens_BT = torch.randint(0, 50, (8, 16), generator=torch.Generator().manual_seed(1))
+    results = []
+    for forward in (model, torch.compile(model, dynamic=False)):
+        seed_activations(0, 1, 2)
+        hidden_BTD = forward(tokens_BT)
+        model.zero_grad()
+        hidden_BTD.square().sum().backward()
+        results.append((hidden_BTD.detach(), model.embedding.weight.grad))
+    for eager, compiled in zip(*results, strict=True):
+        torch.testing.assert_close(compiled, eager, rtol=1e-4, atol=1e-5 * eager.abs().max().item())

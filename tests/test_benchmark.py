@@ -20,7 +20,8 @@ from benchmarks.timing import in_turn, ratio, spread
 from command_line import parse
 from data.loader import TrainingLoader
 from data.shards import Corpus
-from tracking.run_directory import read_metrics, read_summary
+from tracking.metrics import read_metrics
+from tracking.run_directory import read_summary
 
 
 def test_spread_and_ratio() -> None:

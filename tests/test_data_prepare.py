@@ -103,14 +103,64 @@ def test_all_that_a_transform_makes_of_a_document_stays_in_its_split(
         assert texts[1::2] == [text.upper() for text in texts[::2]] and texts
 
 
-def test_a_random_transform_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_tail_is_cut_before_the_transform(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ten letters, of which two each are held out; what is made of them is held out with them."""
+    (tmp_path / "doubling.py").write_text("def twice(text): return [text, text.upper()]\n")
+    (tmp_path / "a.txt").write_text("abcdefghij")
+    monkeypatch.chdir(tmp_path)
+    config = text_config("a.txt", transform="doubling:twice", val_fraction=0.2, test_fraction=0.2)
+    corpus = Corpus.open(prepare(config, quiet=True))
+    found = {name: documents_of(corpus, name) for name in ("train", "val", "test")}
+    assert found == {"train": ["abcdef", "ABCDEF"], "val": ["gh", "GH"], "test": ["ij", "IJ"]}
+
+
+@pytest.mark.parametrize("function", ["lower", "swap", "plain_and_swap"])
+def test_no_transformed_text_is_in_two_splits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, function: str) -> None:
+    """Documents in pairs that the transform makes one (lower), each other (swap), or each other and themselves.
+
+    Whatever stands in test is out of val and train, whatever stands in val out of train; nothing else is lost, and
+    train has no text that a held-out document was before its transform.
+    """
+    (tmp_path / "pairs.py").write_text(
+        "def lower(text): return text.lower()\n"
+        "def swap(text): return text.swapcase()\n"
+        "def plain_and_swap(text): return [text, text.swapcase()]\n"
+    )
+    sources = [form(f"Document {number}") for number in range(300) for form in (str, str.swapcase)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in sources))
+    monkeypatch.chdir(tmp_path)
+    fractions = {"val_fraction": 0.2, "test_fraction": 0.2}
+    corpus = Corpus.open(prepare(text_config("rows.jsonl", transform=f"pairs:{function}", **fractions), quiet=True))
+    found = {name: documents_of(corpus, name) for name in ("train", "val", "test")}
+
+    import pairs  # type: ignore[import-not-found]
+
+    given: dict[str, list[str]] = {"train": [], "val": [], "test": []}
+    before: dict[str, list[str]] = {"train": [], "val": [], "test": []}
+    for text in sources:
+        name = split_of(text, 0.2, 0.2)
+        before[name].append(text)
+        made = getattr(pairs, function)(text)
+        given[name] += [made] if isinstance(made, str) else made
+    assert found["test"] == given["test"]
+    test = {*given["test"], *before["test"]}
+    assert found["val"] == [text for text in given["val"] if text not in test]
+    held_out = test | {*given["val"], *before["val"]}
+    assert found["train"] == [text for text in given["train"] if text not in held_out]
+    left_out = sum(map(len, given.values())) - sum(map(len, found.values()))
+    assert left_out > 50
+    assert f"{left_out} transformed texts left out" in corpus.manifest["replaced"]
+
+
+@pytest.mark.parametrize("split", ["tail", "documents"])
+def test_a_random_transform_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, split: str) -> None:
     (tmp_path / "growing.py").write_text(
         "calls = []\ndef more(text):\n    calls.append(1)\n    return text * len(calls)"
     )
     monkeypatch.chdir(tmp_path)
     (tmp_path / "a.txt").write_text("abc " * 100)
-    with pytest.raises(BadInput, match="random"):
-        prepare(text_config("a.txt", transform="growing:more"), quiet=True)
+    with pytest.raises(BadInput, match=r"gave two results .*'abc abc"):
+        prepare(text_config("a.txt", transform="growing:more", split=split), quiet=True)
 
 
 def test_bpe_sees_the_training_split_alone(tmp_path: Path) -> None:

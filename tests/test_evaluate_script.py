@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -38,6 +39,11 @@ def test_from_end_to_end(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert found["weights"] == "average" and found["checkpoint"] == f"step_{summary['best/step']:08d}"
     assert found["val"]["average"]["loss"] == pytest.approx(summary["best/val/loss"], rel=1e-6)
     assert found["test"]["average"]["loss"] == pytest.approx(summary["test/loss"], rel=1e-6)
+    for results in (*found["val"].values(), *found["test"].values()):  # one document, in which each target is a byte
+        assert results["bits_per_byte"] == pytest.approx(results["loss"] / math.log(2), rel=1e-12)
+    for split, prefix in (("val", "best/val"), ("test", "test")):
+        bits = found[split]["average"]["bits_per_byte"]
+        assert summary[f"{prefix}/bits_per_byte"] == pytest.approx(bits, rel=1e-6)
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     raw = next(line["val/loss"] for line in lines if line["step"] == summary["best/step"] and "val/loss" in line)
     assert found["val"]["model"]["loss"] == pytest.approx(raw, rel=1e-6) and raw != summary["best/val/loss"]
@@ -50,6 +56,8 @@ def test_from_end_to_end(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     # ------------------------------------------------------------ uncertainty, on foreign text too
     assert main([str(run), "--mc_samples", "3", "--ood", "foreign.txt", "--split", "val", "--max_tokens", "300"]) == 0
     first = json.loads((run / "evaluation.json").read_text())
+    bits = first["val"]["average"]["bits_per_byte"]
+    assert bits == pytest.approx(first["val"]["average"]["loss"] / math.log(2), rel=1e-12)
     assert "test" not in first and first["max_tokens"] == 300 and first["foreign"]["tokens"] == 300
     assert first["foreign"]["mc"]["mc/nll"] > first["val"]["mc"]["mc/nll"], "bytes that training has never seen"
     assert 0 <= first["foreign"]["auroc/mutual_information"] <= 1

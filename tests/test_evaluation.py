@@ -16,8 +16,8 @@ from data.loader import evaluation_batches
 from data.prepare import prepare
 from data.shards import Corpus
 from evaluation.evaluate import BINS, _add, evaluate
+from hardware import Hardware
 from model.gpt import GPT
-from training.distributed import Hardware
 
 ALONE = Hardware(0, 1, torch.device("cpu"), "fp32", False, 1)
 
@@ -57,13 +57,13 @@ def test_every_metric_against_torch_and_torchmetrics(model: GPT, corpus: Corpus)
     logits, target = plain(model, corpus)
     split = corpus.split("val")
     assert len(target) == split.n_tokens - 1
-    found, calibration = evaluate(model, evaluation_batches(split, 16, 4), ALONE, split.n_bytes / split.n_tokens)
+    found, calibration = evaluate(model, evaluation_batches(split, 16, 4), ALONE, corpus.bytes_per_token(split))
     loss, p = F.cross_entropy(logits, target).item(), logits.softmax(-1)
     one_hot = F.one_hot(target, logits.shape[-1])
     expected = {
         "loss": loss,
         "perplexity": math.exp(loss),
-        "bits_per_byte": loss / math.log(2) / (split.n_bytes / split.n_tokens),
+        "bits_per_byte": loss * len(target) / math.log(2) / split.n_bytes,
         "accuracy": multiclass_accuracy(p, target, num_classes=p.shape[1], average="micro").item(),
         "ece": multiclass_calibration_error(p, target, num_classes=p.shape[1], n_bins=15, norm="l1").item(),
         "brier": ((p - one_hot) ** 2).sum(-1).mean().item(),
@@ -126,5 +126,27 @@ def test_uniform_model_is_ln_v(corpus: Corpus, model: GPT) -> None:
 def test_bytes_of_a_stretch_are_counted(corpus: Corpus) -> None:
     split = corpus.split("val")
     text = split.read(1, 101)  # behind the end-of-text token: one byte a token
-    assert corpus.bytes_per_token(split, 101) == pytest.approx(len(text) / 101)
-    assert corpus.bytes_per_token(split) == split.n_bytes / split.n_tokens
+    assert corpus.bytes_per_token(split, 101) == len(text) / 100 == 1
+    assert corpus.bytes_per_token(split) == split.n_bytes / (split.n_tokens - 1) == 1
+
+
+def test_bits_per_byte_by_hand(tmp_path: Path) -> None:
+    """A model that knows nothing of 257 bytes pays log2 257 bits for each target.
+
+    The val split is end-of-text, a, b, end-of-text, c, d: 5 targets and 4 bytes of text. Its first three tokens are
+    2 targets and 2 bytes.
+    """
+    (tmp_path / "a.txt").write_text("x" * 10 + "ab")
+    (tmp_path / "b.txt").write_text("cd")
+    flags = ["--data.corpus=text", f"--data.path={tmp_path}/*.txt", "--data.tokenizer=byte", "--data.split=tail"]
+    flags += ["--data.val_fraction=0.2857", "--data.test_fraction=0", "--model.d_model=8", "--model.n_layers=1"]
+    config = parse(flags)
+    corpus = Corpus.open(prepare(config.data, tmp_path / "corpora", quiet=True))
+    val = corpus.split("val")
+    assert val.read(0, 6).tolist() == [256, *b"ab", 256, *b"cd"] and val.n_tokens == 6
+    model = GPT(config.model, corpus.vocab_size).initialize(0)
+    torch.nn.init.zeros_(model.output_weight)
+    for max_tokens, targets, n_bytes in ((None, 5, 4), (3, 2, 2)):
+        batches = evaluation_batches(val, 16, 4, max_tokens)
+        found, _ = evaluate(model, batches, ALONE, corpus.bytes_per_token(val, max_tokens))
+        assert found["bits_per_byte"] == pytest.approx(targets * math.log2(257) / n_bytes, rel=1e-6)

@@ -16,7 +16,7 @@ import torch
 from conftest import ROOT
 
 from tracking.load_run import load_model
-from tracking.run_directory import read_metrics
+from tracking.metrics import read_metrics
 from training.checkpoint import existing, read_tensors
 
 Train = Callable[..., subprocess.CompletedProcess[str]]

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 from conftest import ROOT, made_up_text
 
-from tracking.run_directory import read_metrics
+from tracking.metrics import read_metrics
 from training.checkpoint import existing, read_state
 
 Train = Callable[..., subprocess.CompletedProcess[str]]

@@ -14,8 +14,8 @@ import pytest
 
 from command_line import parse
 from pictures import smooth
-from tracking.metrics import Metrics, wandb_mode
-from tracking.run_directory import read_metrics
+from tracking.metrics import Metrics, read_metrics
+from tracking.weights_and_biases import wandb_mode
 
 Train = Callable[..., subprocess.CompletedProcess[str]]
 Flags = Callable[..., list[str]]
@@ -27,15 +27,15 @@ def line(step: int) -> dict[str, float]:
 
 @pytest.mark.fault(24)
 def test_lines_past_the_checkpoint_and_a_torn_one_are_dropped(tmp_path: Path) -> None:
-    metrics = Metrics(tmp_path, parse([]), 0, 10)
+    metrics = Metrics(tmp_path, 0)
     for step in (1, 2, 3):
-        metrics.log(line(step))
-    metrics.finish({})
+        metrics.append(line(step))
+    metrics.close()
     with open(tmp_path / "metrics.jsonl", "a") as file:
         file.write('{"step": 4, "tok')
-    again = Metrics(tmp_path, parse([]), 2, 10)
-    again.log(line(3))
-    again.finish({})
+    again = Metrics(tmp_path, 2)
+    again.append(line(3))
+    again.close()
     assert [record["step"] for record in read_metrics(tmp_path)] == [1, 2, 3]
 
 

@@ -19,9 +19,9 @@ from data.shards import Corpus
 from evaluation import uncertainty
 from evaluation.evaluate import evaluate
 from evaluation.uncertainty import Uncertainty, auroc, foreign_split, mc_dropout, measure, only_stochastic_on
+from hardware import Hardware
 from model.gpt import GPT
 from regularizers.activations import Dropout, StochasticDepth
-from training.distributed import Hardware
 
 ALONE = Hardware(0, 1, torch.device("cpu"), "fp32", False, 1)
 

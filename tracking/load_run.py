@@ -7,18 +7,18 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-import yaml
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from command_line import from_mapping
 from config import BadInput, Config, Model
 from data.shards import Corpus
 from data.tokenizers import load_tokenizer
+from files import sha256
 from model.gpt import GPT
 from model.huggingface import read_directory
-from tracking.run_directory import read_summary, say
-from training.checkpoint import NAME, existing, newest, problem_of, read_tensors, sha256
+from program import warn
+from tracking.run_directory import read_config, read_summary
+from training.checkpoint import NAME, directory_for, existing, newest, problem_of, read_tensors
 
 Weights = Literal["best available", "model", "average"]
 
@@ -151,11 +151,11 @@ def locate(path: Path) -> tuple[Path, Path]:
         if problem is None:
             return run, best
         if existing(checkpoints):
-            say(f"the best checkpoint cannot be trusted: {problem}; the newest one is taken")
-    found, _ = newest(checkpoints)
-    if found is None:
+            warn(f"the best checkpoint cannot be trusted: {problem}; the newest one is taken")
+    step, _ = newest(checkpoints)
+    if step is None:
         raise BadInput(f"{run} has no checkpoint yet; train on, or choose another run")
-    return run, found
+    return run, directory_for(checkpoints, step)
 
 
 def best_of(run: Path) -> Path | None:
@@ -165,16 +165,6 @@ def best_of(run: Path) -> Path | None:
     except (OSError, ValueError, KeyError, TypeError):
         return None
     return run / "checkpoints" / name if isinstance(name, str) and NAME.fullmatch(name) else None
-
-
-def read_config(run: Path) -> Config:
-    """The config that is stored with a run."""
-    file = run / "config.yaml"
-    try:
-        content = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as problem:
-        raise BadInput(f"{file} cannot be read ({problem}); restore it") from None
-    return from_mapping(content, str(file))
 
 
 def has_average(checkpoint: Path) -> bool:

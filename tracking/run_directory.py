@@ -5,29 +5,22 @@ runs/<name>/  config.yaml  metrics.jsonl  summary.json  checkpoints/  best.json 
 
 from __future__ import annotations
 
-import fcntl
-import hashlib
 import json
 import os
 import platform
-import shutil
 import socket
 import subprocess
-import sys
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import Any, TextIO
 
 import yaml
 
-from command_line import dump
+import files
+from command_line import from_mapping
 from config import BadInput, Config, Failure
 from data.sources import short_name
-from training import checkpoint
-from training.checkpoint import directory_for, existing, write_json
-
-if TYPE_CHECKING:
-    from tracking.metrics import Metrics
+from training.checkpoint import existing
 
 # Knobs that say where a run lives, how it is watched and what is kept of it. They are left out of the default
 # name and may change on resume; every other change is another run.
@@ -46,9 +39,9 @@ def default_name(config: Config) -> str:
     """Short words and a hash of everything that can change the result: the same config finds its own run."""
     default = Config().flat()  # a knob added later, at its default, leaves the names of earlier runs as they were
     identity = {key: value for key, value in config.flat().items() if not is_free(key) and value != default[key]}
-    digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:8]
     corpus = short_name(config.data.path or "") or config.data.corpus
-    return f"{corpus}-{config.model.family}-{config.model.n_layers}x{config.model.d_model}-{digest}"
+    shape = f"{config.model.family}-{config.model.n_layers}x{config.model.d_model}"
+    return f"{corpus}-{shape}-{files.hash_of(identity)[:8]}"
 
 
 def path_of(config: Config) -> Path:
@@ -62,36 +55,33 @@ def lock(directory: Path) -> TextIO:
     Raises BadInput naming host and process of the run that has it, or why it cannot be written to.
     """
     try:
-        directory.mkdir(parents=True, exist_ok=True)
-        file = open(directory / "lock", "a+")
-        (directory / "checkpoints").mkdir(exist_ok=True)
+        (directory / "checkpoints").mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=directory / "checkpoints") as probe:
             probe.write(b"room")
-    except OSError as problem:
-        raise BadInput(f"cannot write to the run directory {directory}: {problem.strerror}") from None
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        file.seek(0)
-        owner = file.read().strip() or "another process"
+        file = files.lock(directory / "lock")
+    except BlockingIOError as held:
+        owner = str(held) or "another process"
         raise BadInput(
             f"{directory} is in use by {owner}; wait for it, stop it, or give this run another --run.name"
         ) from None
+    except OSError as problem:
+        raise BadInput(f"cannot write to the run directory {directory}: {problem.strerror}") from None
     file.truncate(0)
     file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
     file.flush()
     return file
 
 
-def move_aside(directory: Path) -> Path | None:
-    """Rename the run at ``directory`` to a free name beside it; returns the new path, None if there was no run."""
-    if not (directory / "config.yaml").exists():
-        return None
+def move_aside(directory: Path) -> None:
+    """Rename the directory to a free name beside it, if it holds more than our lock."""
+    if not {path.name for path in directory.iterdir()} - {"lock", "checkpoints"} and not existing(
+        directory / "checkpoints"
+    ):
+        return
     number = 1
     while (aside := directory.with_name(f"{directory.name}.previous-{number}")).exists():
         number += 1
     directory.rename(aside)
-    return aside
 
 
 def read_summary(directory: Path) -> dict[str, Any]:
@@ -105,21 +95,18 @@ def read_summary(directory: Path) -> dict[str, Any]:
 def update_summary(directory: Path, **values: Any) -> dict[str, Any]:
     """Write ``values`` into summary.json; returns the whole of it."""
     summary = read_summary(directory) | values
-    write_json(directory / "summary.json", summary)
+    files.write_json(directory / "summary.json", summary)
     return summary
 
 
-def read_metrics(directory: Path) -> list[dict[str, Any]]:
-    """The lines of a run's metrics.jsonl; a torn last line is left out."""
-    records = []
-    path = directory / "metrics.jsonl"
-    # Bytes, because what a dead machine leaves at the end of a file need not even be text.
-    for line in path.read_bytes().splitlines() if path.exists() else []:
-        try:
-            records.append(json.loads(line))
-        except ValueError:
-            break
-    return records
+def read_config(directory: Path) -> Config:
+    """The config that is stored with a run; raises BadInput when it cannot be read."""
+    file = directory / "config.yaml"
+    try:
+        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as problem:
+        raise BadInput(f"{file} cannot be read ({problem}); restore it or use another --run.name") from None
+    return from_mapping(content, str(file))
 
 
 def check_config(directory: Path, config: Config) -> list[str]:
@@ -128,13 +115,11 @@ def check_config(directory: Path, config: Config) -> list[str]:
     Raises BadInput with the differences when the stored run is another one; knobs of logging and saving may
     differ, and knobs of the hardware may with a warning. A directory without checkpoints holds no run yet.
     """
-    path = directory / "config.yaml"
     if not existing(directory / "checkpoints"):
         return []
-    if not path.exists():
+    if not (directory / "config.yaml").exists():
         raise BadInput(f"{directory} has checkpoints but no config.yaml; restore it or use another --run.name")
-    stored = Config().flat() | read_flat(path)  # a knob that the code did not have then was at its default
-    asked = config.flat()
+    stored, asked = read_config(directory).flat(), config.flat()
     changed = {key: (stored[key], asked[key]) for key in asked if stored[key] != asked[key]}
     serious = {key: pair for key, pair in changed.items() if not is_free(key) and key not in HARDWARE}
     if serious:
@@ -168,58 +153,13 @@ def count_attempt(before: dict[str, Any], step: int, limit: int) -> dict[str, in
     return {"from_step": step, "number": number}
 
 
-def read_flat(path: Path) -> dict[str, Any]:
-    """A run's stored config.yaml as ``{"section.key": value}``."""
-    try:
-        sections = yaml.safe_load(path.read_text())
-        return {f"{section}.{key}": value for section, keys in sections.items() for key, value in keys.items()}
-    except (OSError, yaml.YAMLError, AttributeError) as problem:
-        raise BadInput(f"{path} cannot be read ({problem}); restore it or use another --run.name") from None
-
-
-def write_config(directory: Path, config: Config) -> None:
-    """Store the config of the run."""
-    temporary = directory / ".config.yaml.new"
-    temporary.write_text(dump(config))
-    os.replace(temporary, directory / "config.yaml")
-
-
-def hardware_warnings(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """What differs from the hardware a run began on."""
+def bits_may_differ(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """A warning for each part of the hardware, or version, with which a run began and that is another one now."""
     return [
-        f"{key} was {before[key]} when this run began and is {now.get(key)}: bits may differ"
-        for key in before
-        if before[key] != now.get(key)
+        f"{key} was {value or 'unknown'} when this run began and is {now.get(key) or 'unknown'}: bits may differ"
+        for key, value in before.items()
+        if value != now.get(key)
     ]
-
-
-def point_at(directory: Path, step: int, best: dict[str, Any] | None) -> None:
-    """Make last.json, and best.json if there is a best, name their checkpoints."""
-    for name, values in (("last", {"step": step}), ("best", best)):
-        if values is not None:
-            checkpoint = directory_for(Path(), values["step"]).name
-            write_json(directory / f"{name}.json", {"checkpoint": checkpoint, **values})
-
-
-def save(
-    directory: Path, step: int, tensors: dict[str, Any], state: dict[str, Any], keep: int, metrics: Metrics
-) -> None:
-    """Commit the checkpoint of ``step``, point at it, and only then prune older ones.
-
-    The lines of ``metrics`` go to the disk first: a resume counts on them. Raises OSError when the disk refuses.
-    """
-    checkpoints, best = directory / "checkpoints", state["best"]
-    metrics.sync()
-    checkpoint.save(checkpoints, step, tensors, state)
-    point_at(directory, step, best)
-    checkpoint.prune(checkpoints, keep, {best["step"]} if best else set())
-
-
-def copy_tokenizer(directory: Path, corpus: Path) -> None:
-    """Keep the corpus's tokenizer with the run, so that a run can be moved or exported alone."""
-    if not (directory / "tokenizer.json").exists():
-        shutil.copyfile(corpus / "tokenizer.json", directory / ".tokenizer.json.new")
-        os.replace(directory / ".tokenizer.json.new", directory / "tokenizer.json")
 
 
 def versions() -> dict[str, str]:
@@ -237,18 +177,3 @@ def git_commit() -> str:
         return subprocess.run(ask, capture_output=True, text=True, timeout=5).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return ""
-
-
-def version_warnings(before: dict[str, str]) -> list[str]:
-    """What differs from the versions a run began with."""
-    now = versions()
-    return [
-        f"{name} was {before[name] or 'unknown'} when this run began and is {now[name] or 'unknown'}: bits may differ"
-        for name in before
-        if before[name] != now.get(name, "")
-    ]
-
-
-def say(*words: object) -> None:
-    """A warning, on standard error."""
-    print("warning:", *words, file=sys.stderr, flush=True)

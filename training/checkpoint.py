@@ -9,7 +9,6 @@ goes from the newest backwards to the first one that verifies. Everything is saf
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
@@ -19,11 +18,12 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
 
+import files
 from config import BadInput
-from training.faults import strike
+from training.faults import inject_fault
 
 if TYPE_CHECKING:  # a study asks run directories for their state without importing torch
-    from torch import Tensor, nn
+    from torch import Tensor
 
 NAME = re.compile(r"step_(\d{8,})")
 
@@ -38,19 +38,17 @@ def step_of(checkpoint: Path) -> int:
     return int(checkpoint.name.split("_")[1])
 
 
-def save(checkpoints: Path, step: int, tensors: dict[str, dict[str, Tensor]], state: dict[str, Any]) -> Path:
+def save(checkpoints: Path, tensors: dict[str, dict[str, Tensor]], state: dict[str, Any]) -> Path:
     """Commit a checkpoint and verify it; an intact one of the same step is left as it is.
 
     Args:
         checkpoints: the run's directory of checkpoints.
-        step: optimizer steps done.
         tensors: ``{"model": {name: tensor}, ...}``, one safetensors file each.
-        state: everything else, JSON.
+        state: everything else, JSON; ``state["step"]`` is the number of optimizer steps done.
 
     Raises OSError when the disk refuses; what was there before is untouched then, and the temporary is gone.
     """
-    from safetensors.torch import save_file
-
+    step = state["step"]
     final = directory_for(checkpoints, step)
     if final.exists():
         if not problem_of(final):
@@ -61,24 +59,10 @@ def save(checkpoints: Path, step: int, tensors: dict[str, dict[str, Tensor]], st
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         temporary.mkdir()
-        strike("save-begin", step)
-        for name, contents in tensors.items():
-            on_cpu = {key: value.detach().cpu().contiguous() for key, value in contents.items()}
-            save_file(on_cpu, temporary / f"{name}.safetensors", metadata={"format": "pt"})
-            strike("save-file", step)
-        (temporary / "state.json").write_text(json.dumps({"step": step, **state}, indent=1))
-        strike("save-state", step)
-        files = {}
-        for path in sorted(temporary.iterdir()):
-            _sync(path)
-            files[path.name] = {"size": path.stat().st_size, "sha256": sha256(path)}
-        (temporary / "manifest.json").write_text(json.dumps({"step": step, "files": files}, indent=1))
-        _sync(temporary / "manifest.json")
-        _sync(temporary)
-        strike("save-manifest", step)
+        _write(temporary, tensors, state)
         os.rename(temporary, final)
-        strike("save-renamed", step)
-        _sync(checkpoints)
+        inject_fault("save-renamed", step)
+        files.sync(checkpoints)
     except (OSError, SafetensorError) as problem:
         shutil.rmtree(temporary, ignore_errors=True)
         raise OSError(f"cannot save the checkpoint {final}: {problem}") from problem
@@ -88,31 +72,40 @@ def save(checkpoints: Path, step: int, tensors: dict[str, dict[str, Tensor]], st
     return final
 
 
+def _write(directory: Path, tensors: dict[str, dict[str, Tensor]], state: dict[str, Any]) -> None:
+    """The files of a checkpoint, the manifest last, all on the disk when it returns."""
+    from safetensors.torch import save_file
+
+    step = state["step"]
+    inject_fault("save-begin", step)
+    for name, contents in tensors.items():
+        on_cpu = {key: value.detach().cpu().contiguous() for key, value in contents.items()}
+        save_file(on_cpu, directory / f"{name}.safetensors", metadata={"format": "pt"})
+        inject_fault("save-file", step)
+    (directory / "state.json").write_text(json.dumps(state, indent=1))
+    inject_fault("save-state", step)
+    entries = {path.name: files.entry_of(path) for path in sorted(directory.iterdir())}
+    (directory / "manifest.json").write_text(json.dumps({"step": step, "files": entries}, indent=1))
+    for path in (*directory.iterdir(), directory):
+        files.sync(path)
+    inject_fault("save-manifest", step)
+
+
 def problem_of(checkpoint: Path) -> str | None:
     """Why this checkpoint cannot be trusted, naming the file, or None when each byte is as it was saved."""
     manifest_path = checkpoint / "manifest.json"
     try:
         manifest = json.loads(manifest_path.read_text())
-        files = {str(name): (int(entry["size"]), str(entry["sha256"])) for name, entry in manifest["files"].items()}
+        entries = dict(manifest["files"])
         if NAME.fullmatch(checkpoint.name) and directory_for(checkpoint.parent, manifest["step"]) != checkpoint:
             return f"{manifest_path} is of step {manifest['step']}"
+        for needed in ("model.safetensors", "state.json"):
+            if needed not in entries:
+                return f"{manifest_path} does not list {needed}"
+        problems = (files.problem_of(checkpoint, name, entry) for name, entry in entries.items())
+        return next((problem for problem in problems if problem), None)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as problem:
         return f"{manifest_path} cannot be read ({problem or type(problem).__name__})"
-    for needed in ("model.safetensors", "state.json"):
-        if needed not in files:
-            return f"{manifest_path} does not list {needed}"
-    for name, (size, digest) in files.items():
-        path = checkpoint / name
-        if Path(name).name != name or path.is_symlink():
-            return f"{manifest_path} names {name!r}, which is not a plain file of the checkpoint"
-        try:
-            if path.stat().st_size != size:
-                return f"{path} has {path.stat().st_size:,} bytes instead of {size:,}"
-            if sha256(path) != digest:
-                return f"{path} is damaged: its sha256 differs from the manifest's"
-        except OSError as problem:
-            return f"{path} cannot be read ({problem.strerror})"
-    return None
 
 
 def existing(checkpoints: Path) -> list[Path]:
@@ -123,8 +116,8 @@ def existing(checkpoints: Path) -> list[Path]:
     return sorted(found, key=step_of, reverse=True)
 
 
-def newest(checkpoints: Path) -> tuple[Path | None, list[str]]:
-    """The newest checkpoint that verifies, and what is wrong with each newer one.
+def newest(checkpoints: Path) -> tuple[int | None, list[str]]:
+    """The step of the newest checkpoint that verifies, and what is wrong with each newer one.
 
     None when there are no checkpoints at all. Raises BadInput when there are some and none verifies:
     nothing is overwritten then.
@@ -133,7 +126,7 @@ def newest(checkpoints: Path) -> tuple[Path | None, list[str]]:
     for checkpoint in existing(checkpoints):
         problem = problem_of(checkpoint)
         if problem is None:
-            return checkpoint, problems
+            return step_of(checkpoint), problems
         problems.append(problem)
     if problems:
         listed = "\n".join(f"  {problem}" for problem in problems)
@@ -142,12 +135,6 @@ def newest(checkpoints: Path) -> tuple[Path | None, list[str]]:
             "  restore one of them, or start afresh with --run.resume=never (what is there is moved aside)"
         )
     return None, []
-
-
-def find_newest(checkpoints: Path) -> tuple[str | None, list[str]]:
-    """``newest`` with a path that travels as JSON."""
-    found, problems = newest(checkpoints)
-    return (str(found) if found else None), problems
 
 
 def set_aside_newer(checkpoints: Path, step: int) -> None:
@@ -161,7 +148,7 @@ def set_aside_newer(checkpoints: Path, step: int) -> None:
 
 def read_state(checkpoint: Path) -> dict[str, Any]:
     """The checkpoint's state.json."""
-    return json.loads((checkpoint / "state.json").read_text())
+    return dict(json.loads((checkpoint / "state.json").read_text()))
 
 
 def read_tensors(checkpoint: Path, name: str) -> dict[str, Tensor]:
@@ -175,26 +162,13 @@ def read_tensors(checkpoint: Path, name: str) -> dict[str, Tensor]:
         raise BadInput(f"{path} cannot be read as safetensors: {problem}") from None
 
 
-def load_weights(model: nn.Module, checkpoint: Path) -> None:
-    """Put the checkpoint's raw weights into the model; raises BadInput when they are those of another network."""
-    try:
-        model.load_state_dict(read_tensors(checkpoint, "model"))
-    except RuntimeError as problem:
-        listed = " ".join(str(problem).split())
-        raise BadInput(
-            f"{checkpoint / 'model.safetensors'} does not fit this model: {listed}; restore the checkpoint, the code "
-            "that wrote it, or start afresh with --run.resume=never (what is there is moved aside)"
-        ) from None
-
-
 def prune(checkpoints: Path, keep: int, protected: set[int]) -> None:
     """Delete all but the newest ``keep`` checkpoints and those of ``protected`` steps."""
-    safe = {directory_for(checkpoints, step) for step in protected}
     found = existing(checkpoints)
     if found:
-        strike("prune-begin", step_of(found[0]))
+        inject_fault("prune-begin", step_of(found[0]))
     for checkpoint in found[keep:]:
-        if checkpoint not in safe:
+        if step_of(checkpoint) not in protected:
             _remove(checkpoint)
 
 
@@ -205,33 +179,10 @@ def sweep(checkpoints: Path) -> None:
             shutil.rmtree(debris, ignore_errors=True)
 
 
-def write_json(path: Path, content: Any) -> None:
-    """Replace a small JSON file in one step, so that a reader finds the old or the new one."""
-    temporary = path.with_name(f".{path.name}.new")
-    temporary.write_text(json.dumps(content, indent=1) + "\n")
-    _sync(temporary)
-    os.replace(temporary, path)
-
-
-def sha256(path: Path) -> str:
-    """Hex digest of a file's bytes."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def _remove(checkpoint: Path) -> None:
     """Delete a checkpoint so that a kill in the middle leaves debris, never half a checkpoint."""
     doomed = checkpoint.with_name(f".deleting_{checkpoint.name}")
     shutil.rmtree(doomed, ignore_errors=True)
     os.rename(checkpoint, doomed)
-    strike("prune-renamed", step_of(checkpoint))
+    inject_fault("prune-renamed", step_of(checkpoint))
     shutil.rmtree(doomed, ignore_errors=True)
-
-
-def _sync(path: Path) -> None:
-    """fsync a file or directory."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

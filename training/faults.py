@@ -1,7 +1,7 @@
 """Faults made on purpose, for the tests of what a run survives: WELLPOSED_FAULT=point:rank:step:action.
 
-The points are the calls of ``strike``. The actions: ``kill`` (SIGKILL), ``stop`` (SIGSTOP, a hang), ``raise``; on
-the tensors of the place ``nan`` (they become not finite), ``spike`` (times 10,000) and ``change`` (the first number
+The points are the calls of ``inject_fault``. The actions: ``kill`` (SIGKILL), ``stop`` (SIGSTOP, a hang), ``raise``; on
+the tensors given ``nan`` (they become not finite), ``spike`` (times 10,000) and ``change`` (the first element
 of the first one grows by one). Without the variable nothing happens.
 """
 
@@ -16,13 +16,13 @@ if TYPE_CHECKING:  # torch is heavy, and a study asks checkpoints for their stat
     from torch import Tensor
 
 
-def strike(point: str, step: int, tensors: Iterable[Tensor | None] = ()) -> None:
+def inject_fault(point: str, step: int, tensors: Iterable[Tensor | None] = ()) -> None:
     """Do what WELLPOSED_FAULT asks for at this point, on this rank, in this step."""
     asked = os.environ.get("WELLPOSED_FAULT")
     if not asked:
         return
-    where, rank, when, action = asked.split(":")
-    if (where, rank, when) != (point, os.environ.get("RANK", "0"), str(step)):
+    named, rank, when, action = asked.split(":")
+    if (named, rank, when) != (point, os.environ.get("RANK", "0"), str(step)):
         return
     if action in ("kill", "stop"):
         os.kill(os.getpid(), signal.SIGKILL if action == "kill" else signal.SIGSTOP)

@@ -11,9 +11,9 @@ micro-batches; node (level, index) covers leaves index * 2^level and on, 2^level
     level 1       0               1
     level 0     0   1           2   3       4 micro-batches; two processes hold (1, 0) and (1, 1)
 
-Each process adds what lies wholly within its own leaves; the nodes left are handed to all, who finish the tree
-alike. The root is the same to the last bit on any number of processes. The price: a process holds about
-log2(its micro-batches) gradients more, and each node left is sent to all, twice the bytes of an all-reduce.
+Each process adds what lies wholly within its own leaves; unmerged nodes are broadcast, and every process completes
+the same tree. The root is the same to the last bit on any number of processes. The price: a process holds about
+log2(its micro-batches) gradients more, and each unmerged node is sent to all, twice the bytes of an all-reduce.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from training.distributed import Hardware, my_micro_batches
+from hardware import Hardware
+from training.processes import my_micro_batches
 
 
 class GradientSum:
@@ -39,7 +40,7 @@ class GradientSum:
     def add(self, micro_batch: int, values: Tensor) -> None:
         """Count a micro-batch whose gradients are in ``.grad``; ``values`` [n] are summed along with them."""
         if self.strict:
-            place(self.nodes, (0, micro_batch), self._flat(values), self.micro_batches)
+            insert(self.nodes, (0, micro_batch), self._flat(values), self.micro_batches)
             for parameter in self.parameters:
                 parameter.grad = None
         else:
@@ -70,11 +71,11 @@ class GradientSum:
 
     def _finish_tree(self) -> Tensor:
         for rank in range(self.hardware.world if self.hardware.world > 1 else 0):
-            # What that process has left follows from the shape of the tree alone.
-            left: dict[tuple[int, int], Any] = {}
+            # Which nodes that process could not merge follows from the shape of the tree alone.
+            unmerged: dict[tuple[int, int], Any] = {}
             for micro_batch in my_micro_batches(self.hardware, self.micro_batches, rank):
-                place(left, (0, micro_batch), 0, self.micro_batches)
-            for node in left:
+                insert(unmerged, (0, micro_batch), 0, self.micro_batches)
+            for node in unmerged:
                 mine = rank == self.hardware.rank
                 flat = self.nodes.pop(node) if mine else torch.empty_like(next(iter(self.nodes.values())))
                 dist.broadcast(flat, src=rank)
@@ -84,7 +85,7 @@ class GradientSum:
         return root
 
 
-def place(nodes: dict[tuple[int, int], Any], node: tuple[int, int], value: Any, leaves: int) -> None:
+def insert(nodes: dict[tuple[int, int], Any], node: tuple[int, int], value: Any, leaves: int) -> None:
     """Put a node into the tree; while its sibling is there, or lies beyond the last leaf, their parent takes over."""
     level, index = node
     while 2**level < leaves:
@@ -102,5 +103,5 @@ def merged(nodes: dict[tuple[int, int], Any], leaves: int) -> dict[tuple[int, in
     """The tree after all its nodes have met: only the root is left."""
     done: dict[tuple[int, int], Any] = {}
     for node in sorted(nodes, key=lambda node: node[1] * 2 ** node[0]):
-        place(done, node, nodes[node], leaves)
+        insert(done, node, nodes[node], leaves)
     return done

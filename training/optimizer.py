@@ -79,22 +79,22 @@ def decayed_parameters(optimizers: Optimizers) -> dict[str, Tensor]:
 
 
 def describe_groups(optimizers: Optimizers) -> list[str]:
-    """A line for each group: optimizer, tensors, numbers, peak learning rate, decay and its timescale."""
+    """A line for each group: optimizer, tensors, elements, peak learning rate, decay and its timescale."""
     lines = []
     for optimizer in optimizers:
         for group in optimizer.param_groups:
-            numbers = sum(parameter.numel() for parameter in group["params"])
+            elements = sum(parameter.numel() for parameter in group["params"])
             rate, decay = group["peak_lr"], group["weight_decay"]
             decays = f"weight decay {decay:g} (timescale {1 / (rate * decay):,.0f} steps)" if decay else "no decay"
             lines.append(
                 f"{group['group_name']:<10} {type(optimizer).__name__:<5} {len(group['params']):>4} tensors "
-                f"{numbers:>13,} numbers  lr {rate:g}  {decays}"
+                f"{elements:>13,} elements  lr {rate:g}  {decays}"
             )
     return lines
 
 
 def clip_gradients(model: nn.Module, limit: float) -> Tensor:
-    """Scale all gradients so that their joint norm is at most ``limit`` (0: no limit); returns the norm before."""
+    """Scale all gradients so that their joint norm is at most ``limit`` (0: no limit); the norm before, a scalar."""
     gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
     norm = torch.nn.utils.get_total_norm(gradients)
     if limit > 0 and (norm.device.type != "cpu" or norm > limit):  # a GPU is not waited for: it multiplies by 1

@@ -1,4 +1,4 @@
-"""Jumps of the training loss: noticed, logged, counted. What they do to the weights, gradient clipping bounds.
+"""Spikes of the training loss: noticed, logged, counted. What they do to the weights, gradient clipping bounds.
 
 Judged as OLMo 2's skip-step does (2501.00656): against the mean and spread of the losses before it.
 """
@@ -9,16 +9,16 @@ import math
 from statistics import fmean, pstdev
 
 WINDOW = 128  # steps that are remembered
-NEEDED = 16  # before anything is called a jump
+NEEDED = 16  # before anything is called a spike
 SPREADS = 6.0  # standard deviations above the mean
 LEAST = 0.5  # nats above the mean: a nearly constant loss has hardly any spread
 
 
 def is_spike(loss: float, history: list[float]) -> bool:
-    """Whether ``loss`` (nats per token) jumps out of the ``history`` before it, which it then joins, in place.
+    """Whether ``loss`` (nats per token) is a spike against the ``history`` before it, to which it is then added.
 
-    A jump joins as the largest value that is none, so that one does not hide the next, and a loss that stays high
-    is told a few times only.
+    A spike is stored clipped to the threshold, so that it cannot hide the next one, and so that a loss that stays
+    high is told a few times only.
     """
     limit = math.inf
     if len(history) >= NEEDED:

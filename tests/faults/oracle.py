@@ -17,8 +17,10 @@ from typing import Any
 import pytest
 from conftest import ROOT
 
-from tracking.run_directory import read_metrics, read_summary
-from training.checkpoint import existing, sha256
+from files import sha256
+from tracking.metrics import read_metrics
+from tracking.run_directory import read_summary
+from training.checkpoint import existing
 
 Train = Callable[..., subprocess.CompletedProcess[str]]
 Flags = Callable[..., list[str]]

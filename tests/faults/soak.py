@@ -26,7 +26,8 @@ from oracle import flip, launched, same_as
 from test_regularized_run import EVERYTHING
 from tqdm import tqdm
 
-from tracking.run_directory import read_metrics, read_summary
+from tracking.metrics import read_metrics
+from tracking.run_directory import read_summary
 from training.checkpoint import existing, problem_of
 
 KNOBS = TINY | {f"regularizers.{name}": str(value) for name, value in EVERYTHING.items()}

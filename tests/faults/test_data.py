@@ -16,7 +16,7 @@ from data.prepare import prepare
 from data.shards import Corpus
 from data.tokenizers import byte_tokenizer
 from tracking.load_run import run_tokenizer
-from tracking.run_directory import read_metrics
+from tracking.metrics import read_metrics
 
 
 @pytest.mark.fault(26)

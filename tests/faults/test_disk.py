@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from oracle import Flags, Train, same_as, shuffle_times
 
-from tracking.run_directory import read_metrics
+from tracking.metrics import read_metrics
 
 
 @pytest.mark.slow

@@ -11,7 +11,8 @@ import torch
 from launch import end, start
 from oracle import same_as
 
-from tracking.run_directory import read_metrics, read_summary
+from tracking.metrics import read_metrics
+from tracking.run_directory import read_summary
 from training.checkpoint import existing, read_state, read_tensors
 from training.spikes import NEEDED, is_spike
 

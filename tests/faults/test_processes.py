@@ -16,7 +16,8 @@ from launch import end, free_port, start, torchrun, wait_until, workers_of
 from oracle import same_as
 from test_regularized_run import KNOBS
 
-from tracking.run_directory import read_metrics, read_summary
+from tracking.metrics import read_metrics
+from tracking.run_directory import read_summary
 
 Train = Callable[..., subprocess.CompletedProcess[str]]
 Flags = Callable[..., list[str]]

@@ -11,7 +11,8 @@ import pytest
 from launch import end, start, wait_until
 from oracle import Train, same_as
 
-from tracking.run_directory import read_metrics, read_summary
+from tracking.metrics import read_metrics
+from tracking.run_directory import read_summary
 from training.checkpoint import existing, problem_of, read_state
 
 Flags = Callable[..., list[str]]

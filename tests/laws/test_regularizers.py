@@ -24,13 +24,14 @@ from config import Model, Regularizers
 from data.loader import evaluation_batches
 from data.shards import Corpus
 from evaluation.evaluate import evaluate
+from hardware import Hardware
 from model.gpt import GPT
 from randomness import seed_for
-from regularizers import activations, averaging, inputs, objective, stopping, weights
-from tracking.run_directory import read_metrics
-from training import optimizer
+from regularizers import activations, averaging, inputs, objective
+from tracking import run
+from tracking.metrics import read_metrics
+from training import learner, progress, step
 from training.checkpoint import existing, read_tensors
-from training.distributed import Hardware
 
 FIELDS = Regularizers.model_fields
 DECLARED: dict[str, dict[str, Any]] = {
@@ -138,34 +139,55 @@ def without_objective_terms() -> Any:
     return namespace["objective"]
 
 
-def take_out(kind: str, patch: pytest.MonkeyPatch) -> None:
-    """Take the path of every regularizer of one kind out of the code."""
+class Replacements:
+    """Replaces names where the code looks them up, and counts the calls of each replacement."""
+
+    def __init__(self, patch: pytest.MonkeyPatch) -> None:
+        self.patch = patch
+        self.calls: dict[str, int] = {}
+
+    def put(self, where: Any, name: str, replacement: Callable[..., Any]) -> None:
+        """``where.name`` becomes the replacement; a property stays one."""
+        shown = f"{getattr(where, '__name__', where)}.{name}"
+        self.calls[shown] = 0
+
+        def counted(*arguments: Any, **options: Any) -> Any:
+            self.calls[shown] += 1
+            return replacement(*arguments, **options)
+
+        is_property = isinstance(inspect.getattr_static(where, name), property)
+        self.patch.setattr(where, name, property(counted) if is_property else counted)
+
+
+def take_out(kind: str, code: Replacements) -> None:
+    """Take the path of every regularizer of one kind out of the code, where it is used."""
     if kind == "activation":
-        patch.setattr(activations.Dropout, "forward", lambda self, x: x)
-        patch.setattr(activations.Dropout, "rate", property(lambda self: 0.0))
-        patch.setattr(activations.StochasticDepth, "forward", lambda self, x: x)
+        code.put(activations.Dropout, "forward", lambda self, x: x)
+        code.put(activations.Dropout, "rate", lambda self: 0.0)
+        code.put(activations.StochasticDepth, "forward", lambda self, x: x)
     elif kind == "input":
-        patch.setattr(inputs, "replace_tokens", lambda tokens, *rest: tokens)
-        patch.setattr(inputs, "draw_changes", lambda *rest: None)
+        code.put(step, "replace_tokens", lambda tokens, *rest: tokens)
+        code.put(step, "draw_changes", lambda *rest: None)
     elif kind == "objective":
-        patch.setattr(objective, "objective", without_objective_terms())
+        code.put(step, "objective", without_objective_terms())
     elif kind == "weights":
         plain = torch.optim.Adam  # has no decay at all
 
         def adam(groups: list[dict[str, Any]], **settings: Any) -> torch.optim.Optimizer:
             return plain([{k: v for k, v in group.items() if k != "weight_decay"} for group in groups], **settings)
 
-        patch.setattr(torch.optim, "AdamW", adam)
-        patch.setattr(optimizer, "set_weight_decay", lambda *rest: None)
-        patch.setattr(optimizer, "describe_groups", lambda *rest: [])
-        patch.setattr(weights, "add_penalty_gradients", lambda *rest: None)
+        code.put(torch.optim, "AdamW", adam)
+        code.put(learner, "set_weight_decay", lambda *rest: None)
+        code.put(run, "describe_groups", lambda *rest: [])
+        code.put(step, "add_penalty_gradients", lambda *rest: None)
     elif kind == "average":
-        patch.setattr(averaging.WeightAverage, "update", lambda *rest: None)
+        code.put(averaging.WeightAverage, "update", lambda *rest: None)
+        code.put(averaging.WeightAverage, "count", lambda *rest: 0)
     elif kind == "stopping":
-        patch.setattr(stopping, "patience_is_over", lambda *rest: False)
+        code.put(progress, "patience_is_over", lambda *rest: False)
     elif kind == "modifier":
         # What a modifier modifies, in the form it has without the modifier.
-        patch.setattr(weights, "weight_decay_at", lambda config, *rest: config.weight_decay)
+        code.put(learner, "weight_decay_at", lambda config, *rest: config.weight_decay)
     else:
         raise AssertionError(f"law 1 does not know how to take out regularizers of the kind {kind!r}")
 
@@ -173,8 +195,19 @@ def take_out(kind: str, patch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("kind", sorted({knob["kind"] for knob in DECLARED.values()}))
 def test_off_is_absent(kind: str, five_steps: Callable[..., Outcome], all_off: Outcome) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        take_out(kind, patch)
+        code = Replacements(patch)
+        take_out(kind, code)
         assert same_bits(five_steps(), all_off)
+        assert code.calls and all(code.calls.values()), f"never called: {code.calls}"
+
+
+@pytest.mark.parametrize("name", [name for name in DECLARED if DECLARED[name]["kind"] != "modifier"])
+def test_what_is_taken_out_is_where_it_acts(name: str, five_steps: Callable[..., Outcome], all_off: Outcome) -> None:
+    """With the path of its kind taken out a knob that is on does nothing: law 1 compares with the right code."""
+    with pytest.MonkeyPatch.context() as patch:
+        take_out(DECLARED[name]["kind"], Replacements(patch))
+        on = five_steps(**{name: WITHIN_FIVE_STEPS.get(name, DECLARED[name]["typical"])})
+        assert same_bits(on, all_off)
 
 
 @pytest.mark.parametrize("name", list(DECLARED))

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from config import BadInput, Config
-from training.distributed import Hardware, decide_compile, estimated_seconds, missing_for_compile
+from hardware import Hardware, estimated_seconds, missing_for_compile, resolve_compile
 
 TWO_CORES = Hardware(0, 1, torch.device("cpu"), "fp32", False, 2)
 SIZE = {"n_layers": 4, "d_model": 128, "n_heads": 4, "context_length": 64}
@@ -40,11 +40,11 @@ def test_the_estimate_of_a_run_is_that_worked_by_hand() -> None:
 def test_compiling_is_decided_by_the_length_of_the_run(wanted: str, steps: int, stored: dict, expected: bool) -> None:
     if missing_for_compile():
         pytest.skip("torch.compile needs a C++ compiler here")
-    assert decide_compile(TWO_CORES, small(wanted), stored, 800_000, steps) == replace(TWO_CORES, compile=expected)
+    assert resolve_compile(TWO_CORES, small(wanted), stored, 800_000, steps) == replace(TWO_CORES, compile=expected)
 
 
 def test_without_a_compiler_nothing_is_compiled_unless_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CXX", "no-such-compiler")
-    assert not decide_compile(TWO_CORES, small(), {}, 800_000, 10**6).compile
+    assert not resolve_compile(TWO_CORES, small(), {}, 800_000, 10**6).compile
     with pytest.raises(BadInput, match=r"run.compile=on needs a C\+\+ compiler; .* run.compile=off"):
-        decide_compile(TWO_CORES, small("on"), {}, 800_000, 1)
+        resolve_compile(TWO_CORES, small("on"), {}, 800_000, 1)

@@ -1,0 +1,95 @@
+"""What a run's evaluations are made of: the validation split, as much of the training text, and the test at the end."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import pictures
+from config import Config
+from data.loader import EvaluationBatches, evaluation_batches
+from data.shards import Corpus, Split
+from evaluation.diagnosis import diagnose
+from evaluation.evaluate import Calibration, evaluate, plain_loss
+from files import write_text
+from model.generate import sample_text
+from program import warn
+from tracking.load_run import read_weights
+from tracking.run import Run
+from training.faults import inject_fault
+from training.learner import Learner
+from training.progress import Judgement
+
+SECONDS_BETWEEN_PICTURES = 60.0  # drawing takes half a second, in which all processes wait
+
+
+class Judge:
+    """Evaluates the model of a run while it trains.
+
+    Args:
+        corpus: its val and test splits are judged by.
+        trained: the training text; of it as much as of val is evaluated, for the gap.
+        config: that of the run.
+    """
+
+    def __init__(self, corpus: Corpus, trained: Split, config: Config) -> None:
+        self.corpus, self.config = corpus, config
+        val, limit = corpus.split("val"), config.evaluation.max_tokens
+        self.val_batches = self._batches(val, limit)
+        self.gap_batches = self._batches(trained, min(limit or val.n_tokens, val.n_tokens))
+        self.bytes_per_token = corpus.bytes_per_token(val, limit)
+        self.tokenizer = corpus.tokenizer()
+        self.calibration: Calibration | None = None  # of the last evaluation
+        self.drawn = time.monotonic()
+
+    def _batches(self, split: Split, max_tokens: int | None = None) -> EvaluationBatches:
+        config = self.config
+        return evaluation_batches(
+            split, config.model.context_length, config.training.micro_size, max_tokens, config.data.isolate_documents
+        )
+
+    def __call__(self, learner: Learner, step: int) -> Judgement:
+        """Evaluate the weights after ``step`` steps, and their average when there is one."""
+        inject_fault("evaluate", step)
+        model, hardware = learner.model, learner.hardware
+        scores, calibration = evaluate(model, self.val_batches, hardware, self.bytes_per_token)
+        record: dict[str, Any] = {f"val/{name}": value for name, value in scores.items()}
+        record["gap/loss"] = scores["loss"] - plain_loss(model, self.gap_batches, hardware)
+        if learner.average.count(step):
+            with learner.average.in_place_of(model):
+                scores, calibration = evaluate(model, self.val_batches, hardware, self.bytes_per_token)
+            record |= {f"val_average/{name}": value for name, value in scores.items()}
+        if hardware.main and self.config.evaluation.sample_tokens:
+            tokens, seed = self.config.evaluation.sample_tokens, self.config.run.seed
+            record["sample"] = sample_text(model, self.tokenizer, "", self.corpus.end_of_text, tokens, seed)
+        self.calibration = calibration
+        return Judgement(record, scores)
+
+    def test(self, learner: Learner, checkpoint: Path | None) -> dict[str, float]:
+        """The scores of a verified checkpoint's best weights on the test split; empty where there is none of either."""
+        if checkpoint is None or "test" not in self.corpus.manifest["splits"]:
+            return {}
+        learner.model.load_state_dict(read_weights(checkpoint))
+        split = self.corpus.split("test")
+        bytes_per_token = self.corpus.bytes_per_token(split)
+        return evaluate(learner.model, self._batches(split), learner.hardware, bytes_per_token)[0]
+
+    def draw(self, run: Run, only_if_due: bool = False) -> None:
+        """The curves, the reliability diagram and the samples of the run, all made anew, if the disk has room.
+
+        ``only_if_due``: nothing is drawn within a minute of the last drawing.
+        """
+        due = time.monotonic() - self.drawn > SECONDS_BETWEEN_PICTURES
+        if not run.hardware.main or (only_if_due and not due):
+            return
+        records, path = run.records, run.path
+        samples = [f"=== step {record['step']} ===\n{record['sample']}\n" for record in records if "sample" in record]
+        try:
+            write_text(path / "samples.txt", "\n".join(samples))
+            pictures.curves(records, path / "curves.png", path.name, diagnose(records, self.config).headline)
+            if self.calibration is not None:
+                pictures.reliability(self.calibration, path / "reliability.png", path.name)
+        except OSError as problem:
+            warn(f"no pictures this time: {problem}")
+        self.drawn = time.monotonic()

@@ -1,0 +1,166 @@
+"""What a run computes on: every ``auto`` of the run section, resolved from config and machine, never from timing."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import shutil
+import sysconfig
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from config import BadInput, Config, Run
+from program import cores
+
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
+WORTH_COMPILING = 600  # estimated seconds of a run on CPUs: compiling takes 10 to 30 s and saves 2 to 25% of a step
+OPERATIONS_PER_SECOND = 1e11  # floating-point operations of matrix products that one core does in an estimate
+SECONDS_PER_LAYER = 1e-3  # of each micro-batch, whatever its size: the time in which nothing is computed
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """The processes of a run and what each computes on."""
+
+    rank: int
+    world: int
+    device: torch.device
+    precision: str
+    compile: bool  # False until resolve_compile
+    threads: int
+    hang_timeout: int = 600  # seconds to wait for another process
+    store: Any = field(default=None, repr=False, compare=False)  # torch's key-value store of the launch
+
+    @property
+    def main(self) -> bool:
+        """Whether this process speaks and writes for all."""
+        return self.rank == 0
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of matrix products."""
+        return torch.bfloat16 if self.precision == "bf16" else torch.float32
+
+    def autocast(self) -> torch.autocast:
+        """The context in which the model runs."""
+        return torch.autocast(self.device.type, self.dtype, enabled=self.precision == "bf16")
+
+    def describe(self) -> dict[str, Any]:
+        """What is stored with the run and compared on resume."""
+        name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else self.device.type
+        return {
+            "device": self.device.type,
+            "device_name": name,
+            "precision": self.precision,
+            "compile": self.compile,
+            "threads": self.threads,
+            "processes": self.world,
+        }
+
+    def as_stored(self, stored: dict[str, Any]) -> bool:
+        """Whether a run that began on ``stored`` hardware has the same kind of device and number of processes now."""
+        return bool(stored.get("device") == self.device.type and stored.get("processes") == self.world)
+
+
+def resolve(config: Run, stored: dict[str, Any] | None = None) -> Hardware:
+    """The hardware of this process, and torch set up for it.
+
+    ``stored`` is the hardware a run began with: its values win over ``auto``. torchrun's or srun's variables tell of
+    other processes; ``training.processes.join`` meets them. Raises BadInput for a device this machine does not have.
+    """
+    stored = stored or {}
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    kind: str = config.device
+    if kind == "auto":
+        before = stored.get("device", "")
+        kind = before if available.get(before) else next(name for name, here in available.items() if here)
+    if not available[kind]:
+        here = ", ".join(name for name, there in available.items() if there)
+        raise BadInput(f"run.device={kind}: this machine has none; it has {here}")
+    device = torch.device(kind, int(os.environ.get("LOCAL_RANK", 0))) if kind == "cuda" else torch.device(kind)
+    precision: str = config.precision
+    if precision == "auto":
+        precision = stored.get("precision") or ("bf16" if has_fast_bf16(kind) else "fp32")
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    threads = max(1, cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    hardware = Hardware(rank, world, device, precision, compile=False, threads=threads)
+    if config.threads != "auto":
+        hardware = replace(hardware, threads=config.threads)
+    elif hardware.as_stored(stored):
+        hardware = replace(hardware, threads=stored["threads"])
+    set_up_torch(hardware)
+    return hardware
+
+
+def set_up_torch(hardware: Hardware) -> None:
+    """Threads, TF32, deterministic algorithms, and memory that is kept."""
+    if hardware.device.type == "cuda":
+        torch.cuda.set_device(hardware.device)
+        torch.backends.cuda.matmul.fp32_precision = "tf32"
+    torch.set_num_threads(hardware.threads)
+    # A GPU would add up the gradients of embeddings in whatever order its threads come. Not by
+    # torch.use_deterministic_algorithms, which imports the compiler (a second) also where nothing is compiled.
+    torch.set_deterministic_debug_mode("warn")
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    with contextlib.suppress(OSError, AttributeError):  # glibc's alone has mallopt
+        # Memory that is given back and fetched anew costs a small step 10%.
+        library = ctypes.CDLL(None)
+        library.mallopt(M_MMAP_THRESHOLD, 2**25)  # the most it takes: larger blocks are mapped each time
+        library.mallopt(M_TRIM_THRESHOLD, 2**30)
+
+
+def resolve_compile(
+    hardware: Hardware, config: Config, stored: dict[str, Any], n_parameters: int, total_steps: int
+) -> Hardware:
+    """The hardware with ``run.compile`` resolved, from config and machine alone.
+
+    auto: what the run began with (``stored``); else on for GPUs, and on CPUs that have a compiler for runs that are
+    estimated to be WORTH_COMPILING. Raises BadInput when it is asked for and cannot be had.
+    """
+    wanted, kind = config.run.compile, hardware.device.type
+    if wanted == "auto" and hardware.as_stored(stored):
+        wanted = "on" if stored.get("compile") else "off"
+    missing = missing_for_compile() if kind == "cpu" and wanted != "off" else None
+    if wanted == "on" and missing:
+        raise BadInput(f"run.compile=on needs {missing}; install it (Debian: g++, python3-dev) or use run.compile=off")
+    if wanted == "auto":
+        long = estimated_seconds(hardware, config, n_parameters, total_steps) >= WORTH_COMPILING
+        wanted = "on" if kind == "cuda" or (kind == "cpu" and not missing and long) else "off"
+    if wanted == "on":  # compiled code, too, would add up gradients in any order
+        torch.use_deterministic_algorithms(True, warn_only=True)
+    return replace(hardware, compile=wanted == "on")
+
+
+def estimated_seconds(hardware: Hardware, config: Config, n_parameters: int, total_steps: int) -> float:
+    """Roughly how long a run takes on CPUs."""
+    model, training = config.model, config.training
+    done = config.tokens_per_step * operations_per_token(
+        n_parameters, model.n_layers, model.d_model, model.context_length
+    )
+    alone = SECONDS_PER_LAYER * model.n_layers * training.micro_batches / hardware.world
+    return total_steps * (done / (OPERATIONS_PER_SECOND * hardware.threads * hardware.world) + alone)
+
+
+def operations_per_token(n_parameters: int, n_layers: int, d_model: int, context: int) -> int:
+    """Floating-point operations of a training step's products: 6·N + 12·L·D·T (Kaplan 2020, PaLM 2022)."""
+    return 6 * n_parameters + 12 * n_layers * d_model * context
+
+
+def missing_for_compile() -> str | None:
+    """What torch.compile lacks on this machine for CPU code; None when all is there."""
+    if not shutil.which(os.environ.get("CXX", "g++")):
+        return "a C++ compiler"
+    if not (Path(sysconfig.get_path("include")) / "Python.h").exists():
+        return "Python's C headers"
+    return None
+
+
+def has_fast_bf16(kind: str) -> bool:
+    """Whether bf16 products are faster than fp32 ones on this device, by its features."""
+    if kind == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    return kind == "cpu" and bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())

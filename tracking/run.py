@@ -1,0 +1,262 @@
+"""One run at work in its directory: locked, resumed, recorded, saved, finished. Only the main process writes."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TextIO
+
+import torch
+
+import files
+from command_line import dump
+from config import BadInput, Config, Failure
+from data.shards import Corpus
+from hardware import Hardware
+from program import FINISHED, PREEMPTED, warn
+from regularizers.weights import sparsity
+from tracking import run_directory
+from tracking.console import Console, tell_results, tell_start
+from tracking.load_run import initial_weights
+from tracking.metrics import Metrics, read_metrics, results_of
+from tracking.weights_and_biases import Mirror, start_wandb
+from training import checkpoint
+from training.failures import check_weights
+from training.learner import Learner
+from training.optimizer import describe_groups
+from training.processes import barrier, gathered, on_main
+from training.progress import Judgement, Plan, Progress
+from training.step import StepResult
+
+
+class Run:
+    """A run whose directory is ours while the block lasts.
+
+    Entering it raises BadInput when another process has the directory, or when it holds a run of another config.
+    Nothing in it is changed before ``begin``.
+    """
+
+    def __init__(self, config: Config, hardware: Hardware) -> None:
+        self.config, self.hardware = config, hardware
+        self.path = run_directory.path_of(config)
+        self.checkpoints = self.path / "checkpoints"
+        self.afresh = config.run.resume == "never"
+        self.before: dict[str, Any] = {}  # summary.json as the last start left it
+        self.warnings: list[str] = []
+        self.failed_saves = 0
+        self.best_saved: dict[str, Any] | None = None
+        self.seconds, self.steps_timed = 0.0, 0
+        self._lock: TextIO | None = None
+
+    def __enter__(self) -> Run:
+        on_main(self.hardware, self._take_lock)
+        if not self.afresh:
+            self.warnings = on_main(self.hardware, run_directory.check_config, self.path, self.config)
+            self.before = on_main(self.hardware, run_directory.read_summary, self.path)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._lock is not None:
+            self._lock.close()
+
+    def _take_lock(self) -> None:
+        self._lock = run_directory.lock(self.path)
+
+    @property
+    def finished(self) -> bool:
+        """Whether the run was over before it was started this time."""
+        return self.before.get("status") == "finished"
+
+    @property
+    def records(self) -> list[dict[str, Any]]:
+        """The lines of metrics.jsonl, on the main process."""
+        return self.metrics.records if self.hardware.main else []
+
+    def check_corpus(self, corpus: Corpus) -> None:
+        """Raises BadInput when the run was trained on other text, or other tokens of it."""
+        before = self.before.get("corpus", corpus.fingerprint)
+        if before != corpus.fingerprint:
+            raise BadInput(
+                f"{self.path} was trained on the corpus {before}, and the data now give {corpus.fingerprint}; "
+                "restore the data, use another --run.name, or --run.resume=never"
+            )
+
+    def tell_again(self, diagnose: Callable[[list[dict[str, Any]]], str]) -> int:
+        """Tell the results of a run that is finished already; returns the exit code."""
+        if self.hardware.main:
+            records = read_metrics(self.path)
+            tell_results(self.path, self.before, records, diagnose(records), again=True)
+        return FINISHED
+
+    def resume(self, learner: Learner, corpus: Corpus) -> Progress:
+        """Load the newest checkpoint that verifies, else the weights of run.init_from if it is given."""
+        self.hardware = learner.hardware
+        step = None
+        if not self.afresh:
+            step, damaged = on_main(self.hardware, checkpoint.newest, self.checkpoints)
+            self.warnings += damaged
+        progress = Progress()
+        if step is not None:
+            found = checkpoint.directory_for(self.checkpoints, step)
+            learner.load(found, step)
+            progress = Progress.resumed(checkpoint.read_state(found), self.config)
+            progress.samples *= self.hardware.main  # what was trained on so far counts once
+        elif self.config.run.init_from is not None:
+            vocabulary = corpus.vocab_size, corpus.tokenizer()
+            weights = initial_weights(self.config.run.init_from, self.config.model, *vocabulary)
+            learner.model.load_state_dict(weights)
+        self.best_saved = progress.best
+        self.attempt = on_main(
+            self.hardware, run_directory.count_attempt, self.before, progress.step, self.config.training.max_attempts
+        )
+        return progress
+
+    def begin(self, progress: Progress, learner: Learner, corpus: Corpus, plan: Plan, training_tokens: int) -> None:
+        """From here on the directory is written to."""
+        if not self.hardware.main:
+            return
+        if self.afresh:
+            run_directory.move_aside(self.path)
+            before, self._lock = self._lock, run_directory.lock(self.path)
+            assert before is not None
+            before.close()
+        files.write_text(self.path / "config.yaml", dump(self.config))
+        checkpoint.sweep(self.checkpoints)
+        for debris in self.path.glob(".*.new"):  # of a killed write
+            debris.unlink()
+        if progress.step:
+            checkpoint.set_aside_newer(self.checkpoints, progress.step)
+            self._point_at(progress)
+        hardware, versions = self.hardware.describe(), run_directory.versions()
+        self.warnings += run_directory.bits_may_differ(self.before.get("versions", {}), versions)
+        self.warnings += run_directory.bits_may_differ(self.before.get("hardware", {}), hardware)
+        for warning in self.warnings:
+            warn(warning)
+        if not (self.path / "tokenizer.json").exists():  # kept, so that a run can be moved or exported alone
+            with files.replacing(self.path / "tokenizer.json") as temporary:
+                shutil.copyfile(corpus.directory / "tokenizer.json", temporary)
+        parameters = learner.model.count_parameters()
+        self.update_summary(
+            status="running",
+            error=None,
+            process=os.getpid(),
+            attempt=self.attempt,
+            hardware=hardware,
+            versions=self.before.get("versions") or versions,
+            corpus=corpus.fingerprint,
+            corpus_directory=str(corpus.directory),
+            tokenizer=corpus.manifest["tokenizer"]["sha256"],
+            parameters=parameters,
+            total_steps=plan.total_steps,
+        )
+        text = f"{corpus.directory}, {training_tokens:,} training tokens"
+        length = f"{plan.total_steps:,} steps, {plan.epoch_at(plan.total_steps):,.2f} epochs"
+        tell_start(self.path, progress.step, text, length, self.config, parameters, hardware)
+        print("\n".join(describe_groups(learner.optimizers)), flush=True)
+        self.metrics = Metrics(self.path, progress.step)
+        self.console = Console(progress.step, plan.total_steps)
+        self.mirror = Mirror(start_wandb(self.path, self.config, resuming=progress.step > 0))
+
+    def update_summary(self, **values: Any) -> dict[str, Any]:
+        """Write ``values`` into summary.json; returns the whole of it."""
+        return run_directory.update_summary(self.path, **values)
+
+    def log(self, progress: Progress, result: StepResult, plan: Plan, judgement: Judgement | None) -> None:
+        """Record a step: each tracking.log_every-th, the first, the last, each spike, and each that was evaluated."""
+        if not self.hardware.main:
+            return
+        step, record = progress.step, dict[str, Any]()
+        self.seconds, self.steps_timed = self.seconds + result.seconds, self.steps_timed + 1
+        if not result.is_finite:
+            warn(f"step {step}: the gradient is not finite; the step is skipped ({progress.nonfinite} in a row)")
+        if result.is_spike:
+            warn(f"step {step}: the objective jumped to {result.terms['objective']:.4g}")
+        if step % self.config.tracking.log_every == 0 or step in (1, plan.total_steps) or result.is_spike:
+            record = {f"train/{name}": value for name, value in result.terms.items()}
+            record |= {"train/spikes": progress.spikes} if progress.spikes else {}
+            record["train/grad_norm"] = result.gradient_norm
+            record["train/lr"] = result.learning_rate
+            record["train/tokens_per_second"] = self.steps_timed * self.config.tokens_per_step / self.seconds
+            self.seconds, self.steps_timed = 0.0, 0
+        if judgement is not None:
+            record |= judgement.record
+        if record:
+            when = {"step": step, "tokens": progress.tokens, "epoch": plan.epoch_at(step)}
+            record = self.metrics.append(when | record)
+            self.mirror.log(record)
+            self.console.tell(record)
+
+    def save(self, progress: Progress, learner: Learner, plan: Plan) -> None:
+        """Commit a checkpoint, point at it, and only then prune older ones.
+
+        A disk that refuses is told, and training goes on; Failure is raised when it refused too often in a row, or
+        when no later checkpoint would follow.
+        """
+        check_weights(learner.model, progress.step, self.hardware)
+        shares = gathered(torch.tensor([progress.samples % 2**62], device=self.hardware.device), self.hardware)
+        samples = sum(shares.flatten().tolist()) % 2**62
+        progress.samples = samples if self.hardware.main else 0
+        refused = on_main(self.hardware, self._try_to_save, progress, learner.tensors(progress.step))
+        if not refused:
+            self.failed_saves, self.best_saved = 0, progress.best
+            return
+        self.failed_saves += 1
+        progress.best = self.best_saved  # whose weights are on the disk
+        if self.failed_saves >= self.config.training.max_failed_saves or progress.over(plan):
+            way = "make room and start again to go on from the last checkpoint"
+            raise Failure(f"step {progress.step}: {refused}; {way}")
+        if self.hardware.main:
+            warn(f"step {progress.step}: {refused}; training goes on ({self.failed_saves} failed in a row)")
+
+    def _try_to_save(self, progress: Progress, tensors: dict[str, dict[str, torch.Tensor]]) -> str:
+        """Save; returns why the machine refused, empty when it is done."""
+        try:
+            self.metrics.sync()  # a resume counts on these lines
+            checkpoint.save(self.checkpoints, tensors, progress.stored())
+            self._point_at(progress)
+            best = {progress.best["step"]} if progress.best else set()
+            checkpoint.prune(self.checkpoints, self.config.checkpoint.keep, best)
+        except OSError as problem:
+            return str(problem)
+        return ""
+
+    def _point_at(self, progress: Progress) -> None:
+        """Make last.json, and best.json if there is a best, name their checkpoints."""
+        for name, values in (("last", {"step": progress.step}), ("best", progress.best)):
+            if values is not None:
+                named = {"checkpoint": checkpoint.directory_for(Path(), values["step"]).name}
+                files.write_json(self.path / f"{name}.json", named | values)
+
+    def best_checkpoint(self, progress: Progress) -> Path | None:
+        """The checkpoint to test and to use, verified; None without one, which is told."""
+        if progress.best is None:
+            return None
+        path = checkpoint.directory_for(self.checkpoints, progress.best["step"])
+        problem = on_main(self.hardware, checkpoint.problem_of, path)
+        if problem and self.hardware.main:
+            warn(f"there is no test: the best checkpoint cannot be trusted ({problem})")
+        return None if problem else path
+
+    def finish(self, progress: Progress, learner: Learner, plan: Plan, test: dict[str, float], diagnosis: Any) -> int:
+        """Write the summary and tell the results; returns the exit code. ``diagnosis`` is evaluation.diagnosis's."""
+        finished = progress.finished(plan)
+        code = FINISHED if finished else PREEMPTED
+        if self.hardware.main:
+            self.console.close()
+            self.metrics.close()
+            summary = self.update_summary(
+                status="finished" if finished else "preempted",
+                steps=progress.step,
+                tokens=progress.tokens,
+                samples=f"{progress.samples:016x}",
+                stopped_early=progress.stopped_early,
+                diagnosis=diagnosis.verdict,
+                sparsity=sparsity(learner.decayed) if self.config.regularizers.l1 else None,
+                **results_of(self.metrics.records, progress.best, test),
+            )
+            self.mirror.finish(summary, exit_code=code)
+            tell_results(self.path, summary, self.metrics.records, diagnosis.text(), again=False)
+        barrier(self.hardware)
+        return code

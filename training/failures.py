@@ -1,0 +1,84 @@
+"""Which process is to blame when the processes of a run cannot go on together."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from threading import Thread
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from config import Failure
+from hardware import Hardware
+from training.processes import gathered
+
+SECONDS_FOR_ROLL_CALL = 5  # in which a process that still runs answers
+
+
+def check_weights(model: nn.Module, step: int, hardware: Hardware) -> None:
+    """Raises Failure when a weight is not finite, or differs between processes, naming the tensor and the ranks.
+
+    What each process compares is the sum of each tensor's bits, read as integers: one changed element changes it.
+    """
+    named = dict(model.named_parameters())
+    for name, parameter in named.items():
+        if not bool(parameter.isfinite().all()):
+            raise Failure(f"step {step}: {name} is not finite any more; it is not saved. Lower optimizer.lr")
+    if hardware.world == 1:
+        return
+    bits = torch.stack([parameter.detach().view(torch.int32).sum(dtype=torch.int64) for parameter in named.values()])
+    everyone = gathered(bits, hardware)
+    usual = everyone.mode(dim=0).values if hardware.world > 2 else everyone[0]
+    differs = everyone != usual  # [world, tensors]
+    if differs.any():
+        ranks = differs.any(dim=1).nonzero().flatten().tolist()
+        tensors = [name for name, one in zip(named, differs.any(dim=0).tolist(), strict=True) if one]
+        raise Failure(
+            f"step {step}: the weights of rank {', '.join(map(str, ranks))} differ from the others' in "
+            f"{', '.join(tensors[:3])}{' and more' if len(tensors) > 3 else ''}; nothing of this step is saved. "
+            "Start again to go on from the last checkpoint; if it happens again, look at the memory of that machine"
+        )
+
+
+def explain(problem: Exception, hardware: Hardware) -> Failure | None:
+    """Who is to blame when this process cannot go on, as a Failure; None when the problem is its own.
+
+    A failing rank writes its error to the store, a healthy one that merely lost a connection an empty string; one
+    that writes nothing within SECONDS_FOR_ROLL_CALL hangs or is dead.
+    """
+    if hardware.world == 1 or hardware.store is None:
+        return None
+    own = not (isinstance(problem, dist.DistError) or "gloo" in str(problem))
+    words = str(problem).splitlines()[0] if str(problem) else ""
+    # Without torchrun the store lives in rank 0, and ends with it.
+    blamed = ["rank 0, or torchrun, is gone or hangs, and with it the word of who failed; summary.json may tell"]
+    told = f"failed with {type(problem).__name__}: {words}" if own else ""
+    calling = Thread(target=_roll_call, args=(hardware, words, told, blamed), daemon=True)
+    calling.start()
+    calling.join(SECONDS_FOR_ROLL_CALL * (hardware.world + 1))  # the store itself may hang: it lives in a process
+    if own:
+        return None
+    if not blamed:
+        return Failure(f"the processes lost each other ({words})")
+    return Failure("; ".join(blamed) + ". Start again to go on from the last checkpoint")
+
+
+def _roll_call(hardware: Hardware, words: str, told: str, blamed: list[str]) -> None:
+    """Tell the others of this process's own error, ``told``, or without one put into ``blamed`` who is to blame."""
+    store, answers = hardware.store, [f"stopped/{rank}" for rank in range(hardware.world)]
+    found = []
+    try:
+        store.set_timeout(timedelta(seconds=SECONDS_FOR_ROLL_CALL))
+        store.set(answers[hardware.rank], told)
+        for rank, answer in enumerate([] if told else answers):
+            try:
+                reason = store.get(answer).decode()
+            except dist.DistStoreError:  # nobody wrote it
+                timed_out = "timed out" in words.lower()
+                reason = f"hangs: nothing came from it for {hardware.hang_timeout} s" if timed_out else "was killed"
+            if reason:
+                found.append(f"rank {rank} {reason}")
+    except dist.DistError:  # the store is gone
+        return
+    blamed[:] = found

@@ -1,0 +1,116 @@
+"""What the processes of one run share. With a single process nothing here communicates."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from dataclasses import replace
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.rendezvous import rendezvous
+
+from config import BadInput, Config, Failure
+from hardware import Hardware
+
+
+def join(hardware: Hardware, hang_timeout: int) -> Hardware:
+    """Meet the other processes, if torchrun or srun started several; ``hang_timeout``: seconds to wait for one."""
+    if hardware.world == 1 or dist.is_initialized():
+        return hardware
+    timeout = timedelta(seconds=hang_timeout)
+    store, _, _ = next(rendezvous("env://", hardware.rank, hardware.world, timeout=timeout))
+    # torchrun keeps its store when it starts the processes anew: the addresses of the dead must not be found there.
+    store = PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+    backend = "nccl" if hardware.device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, store=store, rank=hardware.rank, world_size=hardware.world, timeout=timeout)
+    return replace(hardware, hang_timeout=hang_timeout, store=store)
+
+
+def leave() -> None:
+    """Leave the process group, if there is one."""
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def my_micro_batches(hardware: Hardware, micro_batches: int, rank: int | None = None) -> range:
+    """The global indices of the micro-batches that this process (or ``rank``) computes, in a contiguous run."""
+    share = micro_batches // hardware.world
+    first = share * (hardware.rank if rank is None else rank)
+    return range(first, first + share)
+
+
+def check_micro_batches(config: Config, world: int) -> None:
+    """Raises BadInput when the micro-batches of a step cannot be shared evenly, naming sizes that can."""
+    count, size = config.training.micro_batches, config.training.global_batch_size
+    if count % world == 0:
+        return
+    fitting = [micro for micro in range(1, size + 1) if size % micro == 0 and (size // micro) % world == 0]
+    processes = [number for number in range(1, count + 1) if count % number == 0]
+    way = f"training.micro_batch_size one of {fitting[-6:]}" if fitting else f"a global_batch_size divisible by {world}"
+    raise BadInput(
+        f"{count} micro-batches of {config.training.micro_size} sequences cannot be shared by {world} processes; "
+        f"use {way}, or a number of processes out of {processes}"
+    )
+
+
+def total(values: Tensor, hardware: Hardware) -> Tensor:
+    """The sum of ``values`` over all processes."""
+    if hardware.world > 1:
+        dist.all_reduce(values)
+    return values
+
+
+def gathered(values: Tensor, hardware: Hardware) -> Tensor:
+    """The ``values`` [n] of every process, [world, n]."""
+    if hardware.world == 1:
+        return values[None]
+    everyone = [torch.empty_like(values) for _ in range(hardware.world)]
+    dist.all_gather(everyone, values)
+    return torch.stack(everyone)
+
+
+def from_main(value: Any, hardware: Hardware) -> Any:
+    """The value that the main process holds, on every process: one decision for all. Travels as JSON, not pickled."""
+    if hardware.world == 1:
+        return value
+    text = json.dumps(value).encode() if hardware.main else b""
+    length = torch.tensor([len(text)], device=hardware.device)
+    dist.broadcast(length, src=0)
+    characters = torch.zeros(int(length), dtype=torch.uint8, device=hardware.device)
+    if hardware.main:
+        characters.copy_(torch.frombuffer(bytearray(text), dtype=torch.uint8))
+    dist.broadcast(characters, src=0)
+    return json.loads(bytes(characters.tolist()))
+
+
+def on_main(hardware: Hardware, work: Callable[..., Any], *arguments: Any) -> Any:
+    """What ``work`` returns on the main process (something that JSON can hold), on all.
+
+    Its BadInput, Failure or OSError there is raised by all, the last as BadInput.
+    """
+    answer: dict[str, Any] = {}
+    if hardware.main:
+        try:
+            answer = {"value": work(*arguments)}
+        except (BadInput, OSError) as mistake:
+            answer = {"mistake": str(mistake)}
+        except Failure as failure:
+            answer = {"failure": str(failure)}
+    answer = from_main(answer, hardware)
+    if "mistake" in answer:
+        raise BadInput(answer["mistake"])
+    if "failure" in answer:
+        raise Failure(answer["failure"])
+    return answer["value"]
+
+
+def barrier(hardware: Hardware) -> None:
+    """Wait until every process is here."""
+    if hardware.world > 1:
+        dist.barrier()

@@ -1,0 +1,128 @@
+"""How long a run is, and how far it has come. Both are plain numbers, so that a resumed run knows all of them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal
+
+from config import Config, Failure
+from data.loader import TrainingLoader
+from regularizers.stopping import patience_is_over
+from training.spikes import is_spike
+from training.step import StepResult
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run does at which step, a pure function of its config and the size of its corpus."""
+
+    total_steps: int
+    evaluation_every: Literal["epoch"] | int
+    checkpoint_every: int | None
+    epoch_at: Callable[[int], float]
+
+    @classmethod
+    def of(cls, config: Config, loader: TrainingLoader) -> Plan:
+        """The plan of a run of ``config`` on the text of ``loader``."""
+        epochs = config.training.max_epochs or 1
+        total_steps = config.training.max_steps or max(1, round(epochs * loader.steps_per_epoch))
+        return cls(
+            total_steps=total_steps,
+            evaluation_every=config.evaluation.every or max(1, total_steps // 10),
+            checkpoint_every=config.checkpoint.every,
+            epoch_at=loader.epoch_at,
+        )
+
+    def evaluates_at(self, step: int) -> bool:
+        """Whether the model is evaluated after ``step`` steps."""
+        if step == self.total_steps:
+            return True
+        if self.evaluation_every == "epoch":
+            return int(self.epoch_at(step)) > int(self.epoch_at(step - 1))
+        return step % self.evaluation_every == 0
+
+    def saves_at(self, progress: Progress) -> bool:
+        """Whether a checkpoint is due: by its interval, of each new best, and of the last step."""
+        step, best = progress.step, progress.best
+        due = step % self.checkpoint_every == 0 if self.checkpoint_every else self.evaluates_at(step)
+        return due or progress.over(self) or (best is not None and best["step"] == step)
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """One evaluation: its metrics as metrics.jsonl names them, and a sample of text on the main process.
+
+    ``scores`` (loss, bits_per_byte, ...) are those of the weights that are to be used: averaged ones when there are
+    some.
+    """
+
+    record: dict[str, Any]
+    scores: dict[str, float]
+
+
+@dataclass
+class Progress:
+    """Where a run is after ``step`` steps: state.json, field by field. A new piece of state is one line here."""
+
+    step: int = 0
+    tokens: int = 0
+    """Targets trained on, over all processes."""
+    samples: int = 0
+    """A fingerprint of all samples trained on; between two checkpoints, of this process's share of them."""
+    best: dict[str, Any] | None = None
+    """``step``, ``val/loss`` and ``val/bits_per_byte`` of the best evaluation."""
+    val_losses: list[float] = field(default_factory=list)
+    """Of all evaluations, by which early stopping judges."""
+    losses: list[float] = field(default_factory=list)
+    """Objectives of the last steps, by which a spike is told."""
+    spikes: int = 0
+    """Steps whose objective was a spike."""
+    nonfinite: int = 0
+    """Steps in a row, up to this one, whose gradient was not finite."""
+    preempted: bool = field(default=False, metadata={"stored": False})
+    stopped_early: bool = field(default=False, metadata={"stored": False})
+
+    def stored(self) -> dict[str, Any]:
+        """What state.json holds."""
+        return {item.name: getattr(self, item.name) for item in fields(self) if item.metadata.get("stored", True)}
+
+    @classmethod
+    def resumed(cls, state: dict[str, Any], config: Config) -> Progress:
+        """The progress that ``stored`` wrote; what it does not know, of an older version of the code, is left out."""
+        names = {item.name for item in fields(cls)}
+        progress = cls(**{name: value for name, value in state.items() if name in names})
+        progress.stopped_early = patience_is_over(progress.val_losses, config.regularizers)
+        return progress
+
+    def count(self, result: StepResult, config: Config) -> None:
+        """Take in a step. Raises Failure when too many in a row had a gradient that was not finite."""
+        self.step += 1
+        self.tokens = self.step * config.tokens_per_step
+        self.samples += result.samples
+        self.preempted = result.preempted
+        self.nonfinite = 0 if result.is_finite else self.nonfinite + 1
+        if self.nonfinite >= config.training.max_nonfinite:
+            raise Failure(
+                f"step {self.step}: the gradient was not finite {self.nonfinite} times in a row; lower optimizer.lr, "
+                "and start again to go on from the last checkpoint"
+            )
+        result.is_spike = is_spike(result.terms["objective"], self.losses)
+        self.spikes += result.is_spike
+
+    def judge(self, judgement: Judgement, config: Config) -> None:
+        """Take in an evaluation after this step."""
+        loss, bits = judgement.scores["loss"], judgement.scores["bits_per_byte"]
+        self.val_losses.append(loss)
+        if math.isfinite(loss) and (self.best is None or loss < self.best["val/loss"]):
+            self.best = {"step": self.step, "val/loss": loss, "val/bits_per_byte": bits}
+        self.stopped_early = patience_is_over(self.val_losses, config.regularizers)
+
+    def finished(self, plan: Plan) -> bool:
+        """Whether all is trained that will be."""
+        return self.step >= plan.total_steps or self.stopped_early
+
+    def over(self, plan: Plan) -> bool:
+        """Whether no further step follows now: finished, or told to stop."""
+        return self.preempted or self.finished(plan)

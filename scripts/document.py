@@ -9,8 +9,9 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from command_line import FINISHED, run, type_text
+from command_line import type_text
 from config import BadInput, Regularizers
+from program import FINISHED, run
 from scripts.diagnose import written
 
 PAGE = Path(__file__).parent.parent / "docs/regularizers.md"

@@ -14,6 +14,7 @@ from conftest import ROOT
 from config import BadInput
 from scripts import document
 
+ARCHITECTURE = (ROOT / "docs/architecture.md").read_text(encoding="utf-8")
 FORMATS = (ROOT / "docs/formats.md").read_text(encoding="utf-8")
 
 
@@ -74,3 +75,14 @@ def test_formats_lists_what_a_run_writes(
     exec(example, namespace)
     assert len(namespace["tokens"]) == 10
     assert sum(weight.size for weight in namespace["weights"].values()) == summary["parameters"]
+
+
+@pytest.mark.parametrize("place", re.findall(r"`(\w+)`\s+\(([\w/]+\.py)\)", ARCHITECTURE), ids=" in ".join)
+def test_architecture_names_what_there_is(place: tuple[str, str]) -> None:
+    name, path = place
+    assert re.search(rf"^(def|class) {name}\b", (ROOT / path).read_text(encoding="utf-8"), re.MULTILINE)
+
+
+def test_the_house_stands() -> None:
+    house = re.findall(r"^\| `([\w./]+)` \|", ARCHITECTURE, re.MULTILINE)
+    assert len(house) == 17 and not [name for name in house if not (ROOT / name).exists()]

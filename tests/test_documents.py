@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -85,4 +86,12 @@ def test_architecture_names_what_there_is(place: tuple[str, str]) -> None:
 
 def test_the_house_stands() -> None:
     house = re.findall(r"^\| `([\w./]+)` \|", ARCHITECTURE, re.MULTILINE)
-    assert len(house) == 17 and not [name for name in house if not (ROOT / name).exists()]
+    assert "train.py" in house and not [name for name in house if not (ROOT / name).exists()]
+
+
+def test_the_example_of_contributing_fits_the_code() -> None:
+    """Its diff can be applied, or taken out again by someone who has applied it."""
+    (diff,) = re.findall(r"```diff\n(.*?)```", (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8"), re.DOTALL)
+    commands = [["git", "apply", "--check", *way] for way in ([], ["--reverse"])]
+    tried = [subprocess.run(command, input=diff, cwd=ROOT, capture_output=True, text=True) for command in commands]
+    assert not all(ended.returncode for ended in tried), tried[0].stderr

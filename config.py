@@ -288,11 +288,6 @@ class Regularizers(Section):
             raise ValueError(f"{both}; set ema_decay to 0 or swa_start to null")
         return self
 
-    @property
-    def averages(self) -> bool:
-        """Whether averaged weights are kept."""
-        return self.ema_decay > 0 or self.swa_start is not None
-
 
 class Training(Section):
     """How long, and in which portions."""

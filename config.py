@@ -211,7 +211,7 @@ class Schedule(Section):
     """wsd: warm up, stay, decay linearly at the end. one_cycle: cosine up over warmup_steps, cosine down.
     cosine ignores warmup_steps; constant warms up and stays."""
     warmup_steps: int | None = Field(None, ge=0)
-    """Steps of linear warmup. null: the smaller of 100 and a tenth of the run."""
+    """Steps of linear warmup, fewer than the run has. null: the smaller of 100 and a tenth of the run."""
     min_lr_ratio: float = Field(0.1, ge=0, le=1)
     """The last learning rate, as a share of the peak."""
     decay_fraction: float = Field(0.2, gt=0, le=1)
@@ -386,6 +386,10 @@ class Config(Section):
             raise ValueError("regularizers.mixup_alpha excludes data.isolate_documents: mixtures have no documents")
         if self.regularizers.mixup_alpha and self.training.micro_size < 2:
             raise ValueError("regularizers.mixup_alpha mixes pairs: training.micro_batch_size must be at least 2")
+        warmup, steps = self.schedule.warmup_steps or 0, self.training.max_steps
+        if self.schedule.name != "cosine" and steps is not None and warmup >= steps:
+            lengths = f"schedule.warmup_steps={warmup} must be below training.max_steps={steps}"
+            raise ValueError(f"{lengths}; lower it, or set it to null for the smaller of 100 and a tenth of the run")
         return self
 
     def flat(self) -> dict[str, Any]:

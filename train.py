@@ -73,7 +73,7 @@ def train(config: Config, directory: Path, hardware: Any) -> int:
         set_learning_rate,
         set_weight_decay,
     )
-    from training.schedule import learning_rate_ratio
+    from training.schedule import learning_rate_ratio, warmup_warning
     from training.spikes import is_spike
     from training.step import differentiate
     from training.tracking import Metrics, draw, results_of, tell_results, tell_start
@@ -113,6 +113,7 @@ def train(config: Config, directory: Path, hardware: Any) -> int:
     gap_batches = batches_of(loader.split, min(evaluation.max_tokens or val_split.n_tokens, val_split.n_tokens))
     bytes_per_token = corpus.bytes_per_token(val_split, evaluation.max_tokens)
     total_steps = training.max_steps or max(1, round((training.max_epochs or 1) * loader.steps_per_epoch))
+    warnings += warmup_warning(config.schedule, total_steps)
 
     def evaluation_is_due(step: int) -> bool:
         if evaluation.every == "epoch":

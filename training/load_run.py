@@ -11,7 +11,7 @@ import yaml
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from command_line import from_mapping
+from command_line import from_mapping, load_yaml
 from config import BadInput, Config, Model
 from data.shards import Corpus
 from data.tokenizers import load_tokenizer
@@ -171,7 +171,7 @@ def read_config(run: Path) -> Config:
     """The config that is stored with a run."""
     file = run / "config.yaml"
     try:
-        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+        content = load_yaml(file)
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as problem:
         raise BadInput(f"{file} cannot be read ({problem}); restore it") from None
     return from_mapping(content, str(file))

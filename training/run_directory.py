@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 import yaml
 
-from command_line import dump
+from command_line import dump, load_yaml
 from config import BadInput, Config, Failure
 from data.sources import short_name
 from training import checkpoint
@@ -171,7 +171,7 @@ def count_attempt(before: dict[str, Any], step: int, limit: int) -> dict[str, in
 def read_flat(path: Path) -> dict[str, Any]:
     """A run's stored config.yaml as ``{"section.key": value}``."""
     try:
-        sections = yaml.safe_load(path.read_text())
+        sections = load_yaml(path)
         return {f"{section}.{key}": value for section, keys in sections.items() for key, value in keys.items()}
     except (OSError, yaml.YAMLError, AttributeError) as problem:
         raise BadInput(f"{path} cannot be read ({problem}); restore it or use another --run.name") from None

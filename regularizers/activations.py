@@ -123,8 +123,8 @@ class Dropout(nn.Module):
         if x.device.type != "cpu":
             return F.dropout(x, self.p)
         if torch.compiler.is_compiling():  # a product joins the operations beside it, an AND of integers would not
-            kept = _kept(list(x.shape), self.p, _first(x))
-            return x * kept.to(x.dtype) * (-1 / (1 - mask_rate(self.p)[2]))
+            masked: Tensor = x * _kept(list(x.shape), self.p, _first(x)).to(x.dtype)
+            return masked * (-1 / (1 - mask_rate(self.p)[2]))
         kept, q = keep_bits(x.shape, self.p, x.dtype, x.device)
         dropped: Tensor = _Drop.apply(x, kept, 1 / (1 - q))  # type: ignore[no-untyped-call]
         return dropped

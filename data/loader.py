@@ -188,9 +188,6 @@ class EvaluationBatches:
     def __len__(self) -> int:
         return -(-self.full_windows // self.batch_size) + (self.rest > 0)
 
-    def __iter__(self) -> Iterator[Batch]:
-        return (self.batch(index) for index in range(len(self)))
-
     def batch(self, index: int) -> Batch:
         """Batch number ``index``; only the last can have fewer sequences, or one shorter sequence."""
         if not 0 <= index < len(self):
@@ -215,7 +212,7 @@ def evaluation_batches(
     max_tokens: int | None = None,
     isolate_documents: bool = False,
 ) -> EvaluationBatches:
-    """The batches of ``split`` (its first ``max_tokens`` tokens): ``len()``, ``.batch(i)``, iteration, ``.n_targets``.
+    """The batches of ``split`` (its first ``max_tokens`` tokens): ``len()``, ``.batch(i)``, ``.n_targets``.
 
     Each token but the first is a target once. The last, shorter window is a batch of its own. Needs 2 tokens.
     """

@@ -93,10 +93,15 @@ def test_batches_do_not_depend_on_chunks_or_on_earlier_calls(tmp_path: Path) -> 
                         assert [row for piece in pieces for row in piece.tolist()] == expected.tolist()
     # A process that computes the second and third of three micro-batches of two sequences, from step 5 on.
     coming = loader.batches(range(5, 8), range(1, 3), 2, torch.device("cpu"))
-    ids = [batch.sample_ids_B.tolist() for batch in coming]
+    ids = []
+    for _ in range(6):
+        ids.append(coming.current.sample_ids_B.tolist())
+        coming.advance()
     assert ids == [forward[step].sample_ids_B[first : first + 2].tolist() for step in (5, 6, 7) for first in (2, 4)]
     with pytest.raises(IndexError):
         loader.batch(0, 4, 3)
+    with pytest.raises(IndexError, match="no batch left"):
+        coming.current  # noqa: B018
 
 
 def test_orders_are_new_in_each_epoch_and_seed(tmp_path: Path) -> None:

@@ -37,7 +37,7 @@ def test_decay_schedule() -> None:
 
 
 def test_sparsity() -> None:
-    found = sparsity({"a": torch.tensor([0.0, 5e-4, -5e-4, 1.0]), "b": torch.ones(2)})
+    found = sparsity({"a": torch.tensor([0.0, 5e-4, -5e-4, 1.0]), "b": torch.tensor([1.0, -1.0])})
     assert found == {"a": 0.75, "b": 0.0}
 
 

@@ -71,7 +71,7 @@ def test_what_is_a_spike() -> None:
     history: list[float] = []
     falling = [5 * math.exp(-step / 40) + 0.05 * math.sin(step) for step in range(200)]
     assert not any(is_spike(loss, history) for loss in falling)
-    assert is_spike(1e4, history) and is_spike(1e4, history)
+    assert is_spike(1e4, history) and is_spike(1e2, history) and is_spike(1e4, history)
     assert not is_spike(falling[-1], history) and not is_spike(float("nan"), history)
     short: list[float] = []
     assert not any(is_spike(9.0 if step == 5 else 1.0, short) for step in range(NEEDED)) and len(short) == NEEDED

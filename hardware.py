@@ -103,7 +103,8 @@ def set_up_torch(hardware: Hardware) -> None:
         torch.backends.cuda.matmul.fp32_precision = "tf32"
     torch.set_num_threads(hardware.threads)
     # A GPU would add up the gradients of embeddings in whatever order its threads come. Not by
-    # torch.use_deterministic_algorithms, which imports the compiler (a second) also where nothing is compiled.
+    # torch.use_deterministic_algorithms, which imports the compiler (a second); torch.optim does so too, at the first
+    # step, but evaluating and generating need it not.
     torch.set_deterministic_debug_mode("warn")
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     with contextlib.suppress(OSError, AttributeError):  # glibc's alone has mallopt

@@ -72,16 +72,16 @@ def lock(directory: Path) -> TextIO:
     return file
 
 
-def move_aside(directory: Path) -> None:
-    """Rename the directory to a free name beside it, if it holds more than our lock."""
-    if not {path.name for path in directory.iterdir()} - {"lock", "checkpoints"} and not existing(
-        directory / "checkpoints"
-    ):
-        return
+def move_aside(directory: Path) -> bool:
+    """Rename the directory to a free name beside it, if it holds more than our lock; returns whether it did."""
+    names = {path.name for path in directory.iterdir()} - {"lock", "checkpoints"}
+    if not names and not existing(directory / "checkpoints"):
+        return False
     number = 1
     while (aside := directory.with_name(f"{directory.name}.previous-{number}")).exists():
         number += 1
     directory.rename(aside)
+    return True
 
 
 def read_summary(directory: Path) -> dict[str, Any]:

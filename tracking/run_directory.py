@@ -14,8 +14,6 @@ import tempfile
 from pathlib import Path
 from typing import Any, TextIO
 
-import yaml
-
 import files
 from command_line import from_mapping, load_yaml
 from config import BadInput, Config, Failure
@@ -102,11 +100,7 @@ def update_summary(directory: Path, **values: Any) -> dict[str, Any]:
 def read_config(directory: Path) -> Config:
     """The config that is stored with a run; raises BadInput when it cannot be read."""
     file = directory / "config.yaml"
-    try:
-        content = load_yaml(file)
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as problem:
-        raise BadInput(f"{file} cannot be read ({problem}); restore it or use another --run.name") from None
-    return from_mapping(content, str(file))
+    return from_mapping(load_yaml(file, "stored config"), str(file))
 
 
 def check_config(directory: Path, config: Config) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import os
 import re
 import uuid
@@ -32,9 +33,13 @@ def save(figure: Any, path: Path) -> None:
 
 
 def column(records: list[dict[str, Any]], name: str) -> tuple[list[float], list[float]]:
-    """Steps and values of one metric, where it was logged."""
-    pairs = [(record["step"], record[name]) for record in records if record.get(name) is not None]
-    return [step for step, _ in pairs], [value for _, value in pairs]
+    """Steps, ascending, and values of one metric where it is a finite number; of several at one step the last."""
+    values = {
+        record["step"]: float(record[name])
+        for record in records
+        if isinstance(record.get(name), (int, float)) and math.isfinite(record[name]) and "step" in record
+    }
+    return sorted(values), [values[step] for step in sorted(values)]
 
 
 def smooth(values: list[float], weight: float) -> list[float]:

@@ -139,27 +139,25 @@ def reliability(calibration: Any, path: Path, title: str) -> None:
     save(figure, path)
 
 
-def uncertainty_histogram(
-    inside: dict[str, Any], outside: dict[str, Any], path: Path, title: str, notes: dict[str, str] | None = None
-) -> None:
+def uncertainty_histogram(pairs: dict[str, tuple[Any, Any]], path: Path, title: str, notes: dict[str, str]) -> None:
     """How the tokens of the corpus and of foreign text lie on each measure of uncertainty, one panel a measure.
 
-    ``inside`` and ``outside`` map the name of a measure to its values by token, in nats; ``notes`` to a word for its
-    panel, such as the AUROC. The horizontal axis ends at the 99.5th percentile; what lies beyond is in the last bar.
+    ``pairs`` maps the name of a measure to its values by token, in nats, for the corpus and for foreign text;
+    ``notes`` to a word for its panel, such as the AUROC. The horizontal axis ends at the 99.5th percentile; what lies
+    beyond is in the last bar.
     """
     import numpy as np
 
-    figure, panels = _panels(4.5 * len(inside), 3.6, len(inside))
-    for panel, name in zip(panels, inside, strict=True):
-        both = np.concatenate([inside[name], outside[name]])
+    figure, panels = _panels(4.5 * len(pairs), 3.6, len(pairs))
+    for panel, (name, pair) in zip(panels, pairs.items(), strict=True):
+        both = np.concatenate(pair)
         edges = np.linspace(min(0.0, float(both.min())), max(float(np.quantile(both, 0.995)), 1e-6), 41)
-        for values, color, label in ((inside[name], VAL, "corpus"), (outside[name], BEST, "foreign text")):
+        for values, color, label in zip(pair, (VAL, BEST), ("corpus", "foreign text"), strict=True):
             shares = np.histogram(np.clip(values, edges[0], edges[-1]), edges)[0] / len(values)
             panel.stairs(shares, edges, fill=True, color=color, alpha=0.35)
             panel.stairs(shares, edges, color=color, linewidth=1.4, label=label)
-        panel.set_xlabel(f"{name}, nats")
-        panel.set_xlim(edges[0], edges[-1])
-        panel.set_title((notes or {}).get(name, ""), fontsize=9)
+        panel.set(xlabel=f"{name}, nats", xlim=(edges[0], edges[-1]))
+        panel.set_title(notes[name], fontsize=9)
         panel.legend(frameon=False)
     panels[0].set_ylabel("share of tokens")
     figure.suptitle(title, fontsize=10)

@@ -116,20 +116,14 @@ def tell_uncertainty(
 def parse_options(arguments: list[str]) -> argparse.Namespace:
     """The words of the command line."""
     parser = argparse.ArgumentParser("python -m scripts.evaluate", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("run", metavar="RUN", help="a run directory (its best checkpoint is taken), or a checkpoint")
-    parser.add_argument("--split", choices=("val", "test", "both"), default="both", help="default: both")
-    parser.add_argument(
-        "--mc_samples", "--mc-samples", type=int, metavar="N", help="add MC-dropout with N samples a token"
-    )
-    parser.add_argument(
-        "--ood",
-        metavar="FILE",
-        help=f"how well uncertainty tells this text from the corpus; --mc_samples is {OOD_SAMPLES} if not given",
-    )
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="default: auto")
-    parser.add_argument(
-        "--max_tokens", "--max-tokens", type=int, metavar="N", help="only the first N tokens of each split"
-    )
+    add = parser.add_argument
+    add("run", metavar="RUN", help="a run directory (its best checkpoint is taken), or a checkpoint")
+    add("--split", choices=("val", "test", "both"), default="both", help="default: both")
+    add("--mc_samples", "--mc-samples", type=int, metavar="N", help="add MC-dropout with N samples a token")
+    how = f"how well uncertainty tells this text from the corpus; --mc_samples is {OOD_SAMPLES} if not given"
+    add("--ood", metavar="FILE", help=how)
+    add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="default: auto")
+    add("--max_tokens", "--max-tokens", type=int, metavar="N", help="only the first N tokens of each split")
     options = parser.parse_args(arguments)
     if options.mc_samples is None:
         options.mc_samples = OOD_SAMPLES if options.ood else 0

@@ -19,16 +19,14 @@ ENOUGH = 5  # numbers that a column must hold to be preferred to one with a less
 
 # What others call their columns, in lower case without anything but letters and digits; the first found is taken.
 COLUMNS = {
-    "step": ["step", "steps", "globalstep", "trainerglobalstep", "iteration", "iterations", "iter", "update",
-             "updates", "numupdates", "batch"],
-    "epoch": ["epoch", "epochs", "trainepoch"],
-    "train/loss": ["trainloss", "trainingloss", "losstrain", "trnloss", "train", "training", "trainlossepoch",
-                   "trainlossstep", "loss"],
-    "val/loss": ["valloss", "validationloss", "validloss", "evalloss", "devloss", "lossval", "lossvalidation",
-                 "losseval", "val", "validation", "valid", "eval", "dev", "testloss", "test"],
-    "val_average/loss": ["valaverageloss"],
-    "gap/loss": ["gaploss"],
-}  # fmt: skip
+    "step": "step steps globalstep trainerglobalstep iteration iterations iter update updates numupdates batch",
+    "epoch": "epoch epochs trainepoch",
+    "train/loss": "trainloss trainingloss losstrain trnloss train training trainlossepoch trainlossstep loss",
+    "val/loss": "valloss validationloss validloss evalloss devloss lossval lossvalidation losseval"
+    " val validation valid eval dev testloss test",
+    "val_average/loss": "valaverageloss",
+    "gap/loss": "gaploss",
+}
 
 
 @dataclass(frozen=True)
@@ -122,7 +120,7 @@ def read_curves(path: str | Path) -> list[dict[str, Any]]:
     except (OSError, UnicodeDecodeError, csv.Error) as problem:
         raise BadInput(f"cannot read {file} ({problem}); give a CSV or JSONL file in UTF-8") from None
     columns = list(dict.fromkeys(name for row in rows for name in row))
-    found = {name: match(rows, columns, names) for name, names in COLUMNS.items()}
+    found = {name: match(rows, columns, names.split()) for name, names in COLUMNS.items()}
     axis = found["step"] or found["epoch"]
     missing = []
     if axis is None:

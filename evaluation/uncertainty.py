@@ -15,7 +15,7 @@ from __future__ import annotations
 import types
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from config import BadInput, Data
-from data.loader import Batch, EvaluationBatches
+from data.loader import EvaluationBatches
 from data.shards import Corpus, Shard, Split
 from evaluation.evaluate import hidden_states, in_chunks
 from model.gpt import GPT
@@ -82,52 +82,39 @@ def only_stochastic_on(model: nn.Module) -> Iterator[None]:
 def mc_dropout(
     model: GPT, batches: EvaluationBatches, hardware: Hardware, samples: int, seed: int, title: str = "MC-dropout"
 ) -> Uncertainty:
-    """Uncertainty of every target of ``batches`` from ``samples`` dropout masks a token.
+    """Uncertainty of every target of ``batches`` from ``samples`` dropout masks a token, in nats.
 
-    ``metrics`` has ``mc/nll`` (nats per token, of the averaged probabilities), ``mc/target_std`` (standard deviation
-    over the samples of the target's probability, the population's, mean over tokens), ``mc/predictive_entropy``,
-    ``mc/expected_entropy`` and ``mc/mutual_information`` (nats). Mutual information is clamped at 0 for each token:
-    it is a difference of two fp32 entropies and may come out as -1e-7.
+    ``nll`` is that of the averaged probabilities, ``target_std`` the (population's) standard deviation over the
+    samples of the target's probability. Mutual information is clamped at 0 for each token: it is a difference of two
+    fp32 entropies and may come out as -1e-7.
 
     Masks follow from ``seed``, the sample and the number of the first sequence they are drawn for, so the same call
     gives the same numbers. torch's generators and the modes of all modules are left as they were. Memory: the
     hidden states of all samples of a few sequences, and the probabilities of one chunk of tokens, whatever S and V.
-    Every process computes all of it.
-
-    Raises BadInput when the model has no dropout to sample from.
+    Every process computes all of it. Raises BadInput when the model has no dropout to sample from.
     """
     if samples < 1:
         raise BadInput(f"MC-dropout needs at least one sample, not {samples}")
-    own_seed = seed_for(seed, "mc dropout")
+    own_seed, context = seed_for(seed, "mc dropout"), batches.context_length
+    most = max(1, HIDDEN_ELEMENTS // (samples * context * model.config.d_model))
+    batches = EvaluationBatches(batches.split, context, min(batches.batch_size, most), batches.isolate_documents)
+    progress = {"total": batches.n_targets * samples, "unit": "token", "unit_scale": True}
     parts: list[Tensor] = []
-    first = 0  # sequences so far
     with (
         only_stochastic_on(model),
         torch.random.fork_rng(devices=[hardware.device] if hardware.device.type == "cuda" else []),
-        tqdm(
-            desc=title, total=batches.n_targets * samples, unit="token", unit_scale=True, disable=None, leave=False
-        ) as bar,
+        tqdm(desc=title, disable=None, leave=False, **progress) as bar,
     ):
         for index in range(len(batches)):
-            for batch in portions(batches.batch(index), samples, model.config.d_model):
-                batch = batch.to(hardware.device)
-                hidden_SND = []
-                for sample in range(samples):
-                    seed_activations(own_seed, sample, first)
-                    hidden_SND.append(hidden_states(model, batch, hardware))
-                    bar.update(batch.targets_BT.numel())
-                first += len(batch.tokens_BT)
-                parts += measure(torch.stack(hidden_SND), model.output_weight, batch.targets_BT.flatten())
+            batch = batches.batch(index).to(hardware.device)
+            hidden_SND = []
+            for sample in range(samples):
+                seed_activations(own_seed, sample, int(batch.sample_ids_B[0]))
+                hidden_SND.append(hidden_states(model, batch, hardware))
+                bar.update(batch.targets_BT.numel())
+            parts += measure(torch.stack(hidden_SND), model.output_weight, batch.targets_BT.flatten())
     nll_N, std_N, predictive_N, expected_N = torch.cat(parts, dim=1).numpy()
     return Uncertainty(nll_N, std_N, predictive_N, expected_N, np.maximum(predictive_N - expected_N, 0.0))
-
-
-def portions(batch: Batch, samples: int, width: int) -> Iterator[Batch]:
-    """The sequences of a batch in portions whose hidden states of all samples fit into memory."""
-    rows = max(1, HIDDEN_ELEMENTS // (samples * batch.tokens_BT.shape[1] * width))
-    given = {name: values for name, values in vars(batch).items() if values is not None}
-    for start in range(0, len(batch.tokens_BT), rows):
-        yield replace(batch, **{name: values[start : start + rows] for name, values in given.items()})
 
 
 def measure(hidden_SND: Tensor, weight_VD: Tensor, targets_N: Tensor) -> list[Tensor]:

@@ -10,9 +10,10 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import SafetensorError
 
 from command_line import dump
-from config import BadInput, Config, Model
+from config import BadInput, Config, Failure, Model
 from data.tokenizers import byte_tokenizer
 from model import huggingface
 from model.gpt import GPT
@@ -231,16 +232,24 @@ def test_export_overwrites_nothing(tmp_path: Path) -> None:
     assert export_huggingface.main([str(run), str(out)]) == 0, "an empty one is filled"
 
 
-def test_export_leaves_nothing_when_the_logits_differ(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_export_leaves_nothing_when_the_logits_differ(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run, out = make_run(tmp_path), tmp_path / "exports" / "mine"
     # Gate and up change places, as a wrong table would have it: it loads without complaint.
     names = ["mlp.up_proj.weight", "mlp.gate_proj.weight"]
     monkeypatch.setitem(huggingface.INSIDE["qwen3"], "mlp.input.weight", names)
-    assert export_huggingface.main([str(run), str(out)]) == 4
-    assert "nothing written" in capsys.readouterr().err
+    with pytest.raises(Failure, match="nothing written"):
+        export_huggingface.main([str(run), str(out)])
     assert list(out.parent.iterdir()) == []
+
+
+def test_export_says_what_to_do_about_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(tensors: object, path: Path, metadata: object) -> None:
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(huggingface, "save_file", full)
+    with pytest.raises(BadInput, match=r"No space left on device.*check permissions and space"):
+        export_huggingface.main([str(make_run(tmp_path)), str(tmp_path / "exports" / "mine")])
+    assert list((tmp_path / "exports").iterdir()) == []
 
 
 def test_export_says_when_it_could_not_compare(
@@ -271,3 +280,5 @@ def test_mistakes_end_with_exit_code_2_and_no_traceback(tmp_path: Path) -> None:
         assert done.returncode == 2 and done.stderr.startswith("error: ") and "Traceback" not in done.stderr
     with pytest.raises(BadInput, match="top_p"):
         generate_script.main(["nowhere", "--top_p", "7"])
+    with pytest.raises(BadInput, match="--samples 0: give at least 1"):
+        generate_script.main(["nowhere", "--samples", "0"])

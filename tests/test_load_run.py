@@ -20,6 +20,7 @@ from model.gpt import GPT
 from model.huggingface import write_directory
 from scripts import export_huggingface
 from scripts import generate as generate_script
+from tracking import load_run
 from tracking.load_run import initial_weights, load_model, run_tokenizer
 from training import checkpoint
 
@@ -56,6 +57,16 @@ def step_of(model: GPT) -> int:
         if all(torch.equal(tensor, weights(step, model.config)[name]) for name, tensor in model.state_dict().items()):
             return step
     raise AssertionError("the weights are of no step")
+
+
+def test_vector_math_is_settled_before_a_model_computes_its_rotations(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done: list[str] = []
+    monkeypatch.setattr(load_run, "settle_vector_math", lambda: done.append("settled"))
+    monkeypatch.setattr(load_run, "GPT", lambda *arguments: done.append("built") or GPT(*arguments))
+    load_model(make_run(tmp_path))
+    assert done == ["settled", "built"]
 
 
 def damage(file: Path) -> None:

@@ -9,9 +9,9 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from statistics import median, quantiles
 from typing import Any
 
+import numpy as np
 from tqdm import tqdm
 
 from config import Failure
@@ -40,10 +40,8 @@ def seconds_of(work: Callable[..., object], *arguments: Any) -> float:
 
 def spread(values: list[float]) -> Spread:
     """Median, and the quartiles below and above it."""
-    if len(values) < 2:
-        return values[0], values[0], values[0]
-    low, _, high = quantiles(values, n=4, method="inclusive")
-    return median(values), low, high
+    middle, low, high = np.quantile(values, (0.5, 0.25, 0.75)).tolist()
+    return middle, low, high
 
 
 def ratio(numerator: list[float], denominator: list[float]) -> Spread:

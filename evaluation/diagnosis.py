@@ -92,19 +92,16 @@ def diagnose(records: list[dict[str, Any]], config: Config | None = None) -> Dia
         size, sentence = about_gap(val, *training)
         train_moves, other = about_train(val, *training[:2], val_moves == RISES)
         sentences += [sentence, other]
-    verdict = verdict_of(val_moves, train_moves, size)
-    if verdict == OVERFITTING:
-        advice = against_overfitting(val_moves == RISES, epochs, config)
-    elif verdict == UNDERFITTING:
-        advice = against_underfitting(val, train_moves == RISES, epochs, config)
-    elif verdict == TOO_EARLY:
-        advice = ["log a training loss as well, or train on until the curve turns"]
+    if train_moves == RISES:
+        verdict, advice = UNDERFITTING, calm(config)
+    elif val_moves == RISES or size == MEMORIZING:
+        verdict, advice = OVERFITTING, regularize_more(val_moves == RISES, epochs, config)
+    elif val_moves == FALLS or size == SMALL:
+        verdict, advice = UNDERFITTING, learn_more(val, epochs, config)
+    elif size == UNKNOWN:
+        verdict, advice = TOO_EARLY, ["log a training loss as well, or train on until the curve turns"]
     else:
-        advice = [
-            "keep this; a change from here is small, so compare it over several seeds (--run.seed=1)",
-            "a larger model with more weight decay is the usual way further",
-            *averaging(config),
-        ]
+        verdict, advice = WELL_FITTED, go_on(config)
     return Diagnosis(verdict, sentences + evidence, advice)
 
 
@@ -158,17 +155,6 @@ def about_gap(val: Series, train: Series, gap: Series, exact: bool) -> tuple[str
     return SMALL if relative < SMALL_GAP and val.last > 0 else MODERATE, sentence
 
 
-def verdict_of(val: str, train: str, gap: str) -> str:
-    """The rule."""
-    if train == RISES:
-        return UNDERFITTING
-    if val == RISES or gap == MEMORIZING:
-        return OVERFITTING
-    if val == FALLS:
-        return UNDERFITTING
-    return {UNKNOWN: TOO_EARLY, SMALL: UNDERFITTING}.get(gap, WELL_FITTED)
-
-
 def moved(change: float, noise: float, smallest: float) -> bool:
     """Whether a change is more than noise and more than the smallest that matters."""
     return change > max(NOISES * noise, smallest)
@@ -218,8 +204,23 @@ def about_the_run(records: list[dict[str, Any]]) -> tuple[list[str], float | Non
 # ---------------------------------------------------------------------------------------------- what to do about it
 
 
-def against_overfitting(turned_up: bool, epochs: float | None, config: Config | None) -> list[str]:
-    """More weight decay, then dropout, then augmentation, early stopping, averaging."""
+def go_on(config: Config | None) -> list[str]:
+    """When the fit is good."""
+    return [
+        "keep this; a change from here is small, so compare it over several seeds (--run.seed=1)",
+        "a larger model with more weight decay is the usual way further",
+        *averaging(config),
+    ]
+
+
+def calm(config: Config | None) -> list[str]:
+    """When training became unstable."""
+    lr = f"={config.optimizer.lr / 3:.2g} (now {config.optimizer.lr:g})" if config else " to a third"
+    return [f"lower the learning rate: --optimizer.lr{lr}", "warm up longer (--schedule.warmup_steps)"]
+
+
+def regularize_more(turned_up: bool, epochs: float | None, config: Config | None) -> list[str]:
+    """Against overfitting: more weight decay, then dropout, then augmentation, early stopping, averaging."""
     knobs = (config or Config()).regularizers
     advice = []
     decay = knobs.weight_decay
@@ -244,11 +245,8 @@ def against_overfitting(turned_up: bool, epochs: float | None, config: Config | 
     return advice
 
 
-def against_underfitting(val: Series, diverged: bool, epochs: float | None, config: Config | None) -> list[str]:
-    """A calmer, longer or less regularized run, or a larger model: which first depends on what still moves."""
-    if diverged:
-        lr = f"={config.optimizer.lr / 3:.2g} (now {config.optimizer.lr:g})" if config else " to a third"
-        return [f"lower the learning rate: --optimizer.lr{lr}", "warm up longer (--schedule.warmup_steps)"]
+def learn_more(val: Series, epochs: float | None, config: Config | None) -> list[str]:
+    """Against underfitting: a longer or less regularized run, or a larger model, by how fast the loss still falls."""
     if config and config.training.max_epochs:
         longer = f"train longer: --training.max_epochs={2 * config.training.max_epochs:g}"
     else:

@@ -62,19 +62,18 @@ def evaluate(
     model.train(training)
     widest = torch.float32 if hardware.device.type == "mps" else torch.float64  # that the device can add up
     sums, bins = (total(part.to(hardware.device, widest), hardware).double().cpu() for part in (sums, bins))
-    tokens, loss, correct, brier, entropy, log_z = sums.tolist()
-    in_bin = bins[0].clamp(min=1)
-    calibration = Calibration(bins[0].tolist(), (bins[1] / in_bin).tolist(), (bins[2] / in_bin).tolist())
-    mean = loss / tokens
+    _, loss, accuracy, brier, entropy, log_z = (sums / sums[0]).tolist()
+    means = (bins / bins[0].clamp(min=1)).tolist()
+    calibration = Calibration(bins[0].tolist(), means[1], means[2])
     metrics = {
-        "loss": mean,
-        "perplexity": math.exp(min(mean, 700.0)),
-        "bits_per_byte": mean / math.log(2) / bytes_per_token,
-        "accuracy": correct / tokens,
+        "loss": loss,
+        "perplexity": math.exp(min(loss, 700.0)),
+        "bits_per_byte": loss / math.log(2) / bytes_per_token,
+        "accuracy": accuracy,
         "ece": calibration.error,
-        "brier": brier / tokens,
-        "entropy": entropy / tokens,
-        "log_z": log_z / tokens,
+        "brier": brier,
+        "entropy": entropy,
+        "log_z": log_z,
     }
     return metrics, calibration
 

@@ -12,7 +12,6 @@ Shape suffixes: N tokens, R tokens of one chunk, S samples, B sequences, T time,
 
 from __future__ import annotations
 
-import types
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -226,8 +225,6 @@ def foreign_split(path: str | Path, corpus: Corpus, max_tokens: int) -> Split:
             break
     if n_tokens < 2:
         raise BadInput(f"there is no text in {path}; give a file with text that the model has not seen the like of")
-    stream = np.concatenate(parts).astype(np.int64)
-    handle = types.SimpleNamespace(get_slice=lambda _: stream)
-    shard = Shard(Path(path), 0, n_tokens, handle)
+    shard = Shard(Path(path), 0, n_tokens, np.concatenate(parts))
     split = Split("foreign", (shard,), n_tokens, n_bytes, np.array(starts, dtype=np.int64), corpus.vocab_size)
     return split.head(max_tokens)

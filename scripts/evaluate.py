@@ -163,7 +163,7 @@ def batches_of(split: Any, config: Config, title: str = "") -> Any:
                 bar.close()
             return super().batch(index)
 
-    where = (split, config.model.context_length, config.training.micro_size, config.data.isolate_documents)
+    where = (split, config.model.context_length, config.training.micro_size, None, config.data.isolate_documents)
     if not title:
         return EvaluationBatches(*where)
     batches = Watched(*where)

@@ -1,5 +1,5 @@
 # make train         train a small GPT on real text, in minutes, on any machine
-# make test          format, lint, types and tests
+# make test          format, lint, types, declared imports and tests
 # make test-faults   the tests that kill and damage runs again and again
 # make soak          strike runs at random for ten minutes (MINUTES=10); each must end as if nothing had happened
 # All make .venv and install what they need the first time.
@@ -20,6 +20,7 @@ test: .venv/test.installed
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
+	$(BIN)/deptry .
 	$(BIN)/python -m pytest
 
 test-faults: .venv/test.installed

@@ -90,10 +90,40 @@ def from_mapping(nested: Any, place: str) -> Config:
     return make(values, places, mistakes)
 
 
+class UniqueKeys(yaml.SafeLoader):
+    """The safe loader, but a key that stands twice in a mapping is a mistake; YAML lets the last one win."""
+
+    def compose_mapping_node(self, anchor: Any) -> Any:
+        node = super().compose_mapping_node(anchor)
+        lines: dict[str, int] = {}
+        for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                continue
+            line = key.start_mark.line + 1
+            if key.value in lines:
+                first = lines[key.value]
+                raise BadInput(f"{self.name}, line {line}: '{key.value}' is already given in line {first}; remove one")
+            lines[key.value] = line
+        return node
+
+
+def load_yaml(path: Path | str) -> Any:
+    """What the YAML file at ``path`` holds.
+
+    Raises OSError, UnicodeDecodeError or yaml.YAMLError if it cannot be read, BadInput for a key that is there twice.
+    """
+    loader = UniqueKeys(Path(path).read_text(encoding="utf-8"))
+    loader.name = str(path)
+    try:
+        return loader.get_single_data()
+    finally:
+        loader.dispose()
+
+
 def read_yaml(path: str, values: dict[str, Any], places: dict[str, str], mistakes: list[str]) -> None:
     """Add what the YAML file at ``path`` says to ``values``, mistakes to ``mistakes``."""
     try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        content = load_yaml(path)
     except FileNotFoundError:
         near = difflib.get_close_matches(path, [str(p) for p in Path("configs").glob("*.yaml")], 1, 0.5)
         mistakes.append(f"there is no config file {path!r}" + (f"; did you mean {near[0]}?" if near else ""))
@@ -103,6 +133,9 @@ def read_yaml(path: str, values: dict[str, Any], places: dict[str, str], mistake
         return
     except yaml.YAMLError as problem:
         mistakes.append(f"{path} is not YAML: {' '.join(str(problem).split())}")
+        return
+    except BadInput as problem:
+        mistakes.append(str(problem))
         return
     mistakes += put_sections(content, path, values, places)
 
@@ -170,7 +203,7 @@ def describe_error(key: str, error: Any, places: dict[str, str], alternatives: b
 
     ``alternatives``: the value failed each of several types, of which the knob's range names all.
     """
-    message = error["msg"].removeprefix("Value error, ")
+    message = str(error["msg"]).removeprefix("Value error, ")
     message = message.replace("Input should", "must").replace("String should", "must")
     if key not in fields():  # a condition over several keys of a section names them itself
         return message
@@ -216,7 +249,7 @@ def help_text(description: str) -> str:
     lines += ["Defaults < YAML files in order < flags. Lists are written [a,b], nothing is null.", ""]
     for section, model in Config.model_fields.items():
         page = model.annotation
-        lines.append(f"{section}: {(page.__doc__ or '').strip()}")  # type: ignore[union-attr]
+        lines.append(f"{section}: {(page.__doc__ or '').strip()}")
         for key, field in page.model_fields.items():  # type: ignore[union-attr]
             default = yaml.safe_dump(field.get_default(), default_flow_style=True).splitlines()[0]
             default = f"[{', '.join(map(str, field.default))}]" if isinstance(field.default, tuple) else default

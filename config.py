@@ -216,7 +216,7 @@ class Schedule(Section):
     """wsd: warm up, stay, decay linearly at the end. one_cycle: cosine up over warmup_steps, cosine down.
     cosine ignores warmup_steps; constant warms up and stays."""
     warmup_steps: int | None = Field(None, ge=0)
-    """Steps of linear warmup. null: the smaller of 100 and a tenth of the run."""
+    """Steps of linear warmup, fewer than the run has. null: the smaller of 100 and a tenth of the run."""
     min_lr_ratio: float = Field(0.1, ge=0, le=1)
     """The last learning rate, as a share of the peak."""
     decay_fraction: float = Field(0.2, gt=0, le=1)
@@ -292,11 +292,6 @@ class Regularizers(Section):
             both = "regularizers.ema_decay and regularizers.swa_start exclude each other (two kinds of average)"
             raise ValueError(f"{both}; set ema_decay to 0 or swa_start to null")
         return self
-
-    @property
-    def averages(self) -> bool:
-        """Whether averaged weights are kept."""
-        return self.ema_decay > 0 or self.swa_start is not None
 
 
 class Training(Section):
@@ -396,6 +391,10 @@ class Config(Section):
             raise ValueError("regularizers.mixup_alpha excludes data.isolate_documents: mixtures have no documents")
         if self.regularizers.mixup_alpha and self.training.micro_size < 2:
             raise ValueError("regularizers.mixup_alpha mixes pairs: training.micro_batch_size must be at least 2")
+        warmup, steps = self.schedule.warmup_steps or 0, self.training.max_steps
+        if self.schedule.name != "cosine" and steps is not None and warmup >= steps:
+            lengths = f"schedule.warmup_steps={warmup} must be below training.max_steps={steps}"
+            raise ValueError(f"{lengths}; lower it, or set it to null for the smaller of 100 and a tenth of the run")
         return self
 
     @property

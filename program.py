@@ -85,7 +85,7 @@ def run(main: Callable[[list[str]], int | None]) -> None:
 
     The stop signals interrupt like Ctrl-C, until ``main`` knows something better to do.
     """
-    sys.stdout = Patient(sys.stdout)  # type: ignore[assignment]
+    sys.stdout = Patient(sys.stdout)
     for number in STOP_SIGNALS:
         signal.signal(number, signal.default_int_handler)
     if "TORCHELASTIC_RUN_ID" in os.environ:  # when torchrun is killed its processes end with it

@@ -17,7 +17,7 @@ from model.gpt import GPT
 from training.learner import Learner
 from training.step import training_step
 
-STEPS = 1000  # of the run whose schedules the timed steps follow
+STEPS = 1000  # of the run whose first steps are timed
 DROPOUT = {f"{place}_dropout": 0.2 for place in ("embedding", "attention", "residual")}  # where GPT-2 has it
 
 
@@ -40,6 +40,7 @@ def our_step(
         {
             "model": {"family": "gpt2", "context_length": shape.context, **sizes, **model},
             "training": {"global_batch_size": shape.batch, "max_steps": STEPS},
+            "schedule": {"name": "constant", "warmup_steps": 0},
             "regularizers": regularizers,
             "run": {"precision": precision, "compile": compile},
         }

@@ -138,6 +138,10 @@ def table(results: dict[str, Any]) -> list[str]:
                 f"{result['tokens'] / middle:7,.0f} tokens/s, {share:4.0%} of a matrix product's rate"
                 + (f", {result['memory'][what] / 1e6:,.0f} MB" if result["memory"] else "")
             )
+        if not any(what.startswith("Hugging Face") for what in seconds):
+            lines.append(
+                "  Hugging Face's GPT-2 is left out: it needs transformers (pip install --editable '.[bench]')"
+            )
         if result["first"]:
             low, high = min(result["first"].values()), max(result["first"].values())
             lines.append(f"  {low:.0f} to {high:.0f} s for the first compiled steps")

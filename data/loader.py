@@ -203,9 +203,6 @@ class EvaluationBatches:
     def __len__(self) -> int:
         return -(-self.full_windows // self.batch_size) + (self.rest > 0)
 
-    def __iter__(self) -> Iterator[Batch]:
-        return (self.batch(index) for index in range(len(self)))
-
     def batch(self, index: int) -> Batch:
         """Batch number ``index``; only the last can have fewer sequences, or one shorter sequence.
 

@@ -10,6 +10,7 @@ byte of text). Pieces are cut where no token can reach across, so the ids are th
 
 from __future__ import annotations
 
+import difflib
 import json
 import os
 import re
@@ -92,7 +93,7 @@ def load_tokenizer(knob: str) -> Tokenizer:
     """The tokenizer of a tokenizer.json, a directory that holds one, or a name on the hub. Raises BadInput."""
     file = tokenizer_file(knob)
     try:
-        tokenizer = Tokenizer.from_file(str(file)) if file else Tokenizer.from_pretrained(knob)
+        tokenizer = Tokenizer.from_file(str(file or hub_file(knob)))
     except Exception as problem:  # the library raises plain Exception
         reason = " ".join(str(problem).split())
         way_out = "it must be a tokenizer.json of the tokenizers library"
@@ -112,7 +113,27 @@ def tokenizer_file(knob: str) -> Path | None:
         return path
     if path.suffix == ".json" or knob.startswith((".", "/", "~")):
         raise BadInput(f"there is no tokenizer file {path}; check data.tokenizer, or use byte or bpe")
+    near = [] if "/" in knob or "." in knob else difflib.get_close_matches(knob.lower(), ["byte", "bpe"], 1, 0.7)
+    if near:
+        raise BadInput(f"there is no tokenizer {knob!r}; did you mean data.tokenizer={near[0]}?")
     return None
+
+
+def hub_file(name: str) -> str:
+    """The tokenizer.json of a name on the hub, or its copy of an earlier day if the hub does not answer.
+
+    The hub is asked once whether there is such a file: a download would ask six times, over 23 seconds.
+    """
+    from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url, try_to_load_from_cache
+
+    try:
+        get_hf_file_metadata(hf_hub_url(name, "tokenizer.json"))
+    except Exception:
+        cached = try_to_load_from_cache(name, "tokenizer.json")
+        if not isinstance(cached, str):
+            raise
+        return cached
+    return hf_hub_download(name, "tokenizer.json")
 
 
 def tokenizer_identity(knob: str, vocab_size: int) -> dict[str, Any]:

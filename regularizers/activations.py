@@ -123,10 +123,11 @@ class Dropout(nn.Module):
         if x.device.type != "cpu":
             return F.dropout(x, self.p)
         if torch.compiler.is_compiling():  # a product joins the operations beside it, an AND of integers would not
-            return x * _kept(x.shape, self.p, _first(x)).to(x.dtype) * (-1 / (1 - mask_rate(self.p)[2]))
+            masked: Tensor = x * _kept(list(x.shape), self.p, _first(x)).to(x.dtype)
+            return masked * (-1 / (1 - mask_rate(self.p)[2]))
         kept, q = keep_bits(x.shape, self.p, x.dtype, x.device)
-        out: Tensor = _Drop.apply(x, kept, 1 / (1 - q))
-        return out
+        dropped: Tensor = _Drop.apply(x, kept, 1 / (1 - q))  # type: ignore[no-untyped-call]
+        return dropped
 
     def extra_repr(self) -> str:
         return f"p={self.p}"
@@ -150,7 +151,7 @@ class StochasticDepth(nn.Module):
             drawn_B11 = _uniform(shape, _first(x_BTD))
         else:
             drawn_B11 = torch.rand(shape, device=x_BTD.device)
-        kept_B11 = drawn_B11 >= self.p
+        kept_B11: Tensor = drawn_B11 >= self.p
         return x_BTD * (kept_B11 / (1 - self.p)).to(x_BTD.dtype)
 
     def extra_repr(self) -> str:

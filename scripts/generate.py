@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 
+from config import BadInput
 from program import FINISHED, run
 
 
@@ -34,6 +35,8 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="the same seed, the same text; default: 0")
     parser.add_argument("--samples", type=int, default=1, metavar="N", help="how many texts; default: 1")
     options = parser.parse_args(arguments)
+    if options.samples < 1:
+        raise BadInput(f"--samples {options.samples}: give at least 1")
 
     from data.tokenizers import end_of_text, load_tokenizer
     from model.generate import check_sampling, sample_text

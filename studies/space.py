@@ -27,7 +27,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import Field, ValidationError, field_validator, model_validator
 
-from command_line import make, put, put_sections, read_yaml
+from command_line import load_yaml, make, put, put_sections, read_yaml
 from config import BadInput, Config, Section
 from studies.knobs import LONGEST_NAME, full_names, name_of
 from tracking.run_directory import read_config
@@ -335,7 +335,7 @@ def read_study(path: str, workers: str | None = None) -> Study:
     Raises BadInput with all mistakes in it at once.
     """
     try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        content = load_yaml(path)
     except FileNotFoundError:
         shipped = [str(file) for file in Path("configs/studies").rglob("*.yaml")]
         near = difflib.get_close_matches(path, shipped, 1, 0.5)

@@ -16,6 +16,7 @@ from benchmarks.losses import cross_entropy, ours, plain
 from benchmarks.opponents import Shape
 from benchmarks.ours import everything_on, our_step
 from benchmarks.processes import launches, table
+from benchmarks.steps import table as table_of_steps
 from benchmarks.timing import in_turn, ratio, spread
 from command_line import parse
 from data.loader import TrainingLoader
@@ -49,6 +50,17 @@ def test_the_table_of_processes() -> None:
     assert one.split()[:3] == ["1.00", "1", "process"]
     assert two.split() == ["1.00", "2", "processes", "17.5", "ms", "a", "step", "(11.2", "to", "23.8)"]
     assert checkpoint.split()[0] == "2.00"
+
+
+def test_the_table_of_steps_says_who_is_left_out() -> None:
+    names = ["ours fp32, nothing on", "ours fp32, dropout 0.2", "plain GPT-2 fp32, dropout 0", "product fp32"]
+    seconds = {name: [1.0] for name in [*names, "plain GPT-2 fp32, dropout 0.2", "product bf16"]}
+    shape = {"first": {}, "memory": {}, "tokens": 1, "flops": 1.0}
+    without = table_of_steps({"small": {"seconds": seconds, **shape}})
+    (line,) = [line for line in without if "left out" in line]
+    assert "Hugging Face's GPT-2" in line and "'.[bench]'" in line
+    seconds["Hugging Face fp32, dropout 0.2"] = [1.0]
+    assert "left out" not in "".join(table_of_steps({"small": {"seconds": seconds, **shape}}))
 
 
 def test_an_unknown_part_is_told() -> None:

@@ -11,9 +11,10 @@ import pytest
 import yaml
 from conftest import ROOT
 
-from command_line import dump, fields, from_mapping, parse
+from command_line import dump, fields, from_mapping, load_yaml, parse
 from config import BadInput, Config
-from tracking.run_directory import default_name
+from studies.space import read_study
+from tracking.run_directory import default_name, read_config
 
 
 def mistakes(*arguments: str) -> list[str]:
@@ -70,6 +71,27 @@ def test_unknown_key_names_place_and_nearest(tmp_path: Path) -> None:
     ]
     assert "did you mean optimizer.lr?" in mistakes("--training.lr=1")[0]
     assert "is a section" in mistakes("--model=3")[0]
+
+
+def test_a_key_that_is_there_twice_is_refused(tmp_path: Path) -> None:
+    """In a section, as a section, in a flow mapping; but not what an anchor brings in and is said anew."""
+    path = tmp_path / "config.yaml"
+    for text, line, key, first in (
+        ("model:\n  n_layers: 3\n  d_model: 64\n  n_layers: 4\n", 4, "n_layers", 2),
+        ("model:\n  n_layers: 3\noptimizer:\n  lr: 1e-3\nmodel:\n  d_model: 64\n", 5, "model", 1),
+        ("model: {n_layers: 3,\n  n_layers: 3}\n", 2, "n_layers", 1),
+        ("model: {n_layers: 3, n_layers: 4}\n", 1, "n_layers", 1),
+    ):
+        path.write_text(text)
+        said = [f"{path}, line {line}: '{key}' is already given in line {first}; remove one"]
+        assert mistakes(str(path)) == said
+        assert mistakes(str(path), "--model.n_layer=3")[0] == said[0]  # with all other mistakes
+        for read in (read_study, lambda _: read_config(tmp_path)):
+            with pytest.raises(BadInput) as caught:
+                read(str(path))  # type: ignore[arg-type]
+            assert str(caught.value) == said[0]
+    path.write_text("a: &one {x: 1, y: 2}\nb: {<<: *one, y: 3}\n")
+    assert load_yaml(path) == {"a": {"x": 1, "y": 2}, "b": {"x": 1, "y": 3}}
 
 
 def test_all_bad_values_at_once(tmp_path: Path) -> None:

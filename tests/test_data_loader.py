@@ -180,20 +180,21 @@ def test_isolation_follows_the_ends_of_text(tmp_path: Path, shuffle: str) -> Non
 @pytest.mark.parametrize("batch_size", [1, 2, 5])
 def test_evaluation_covers_every_token_but_the_first_once(tmp_path: Path, n: int, batch_size: int) -> None:
     split = stream(tmp_path, n)
-    batches = EvaluationBatches(split, 4, batch_size)
-    assert len(list(batches)) == len(batches) and batches.n_targets == n - 1
+    evaluation = EvaluationBatches(split, 4, batch_size)
+    batches = [evaluation.batch(index) for index in range(len(evaluation))]
+    assert evaluation.n_targets == n - 1
     targets = [int(token) for batch in batches for token in batch.targets_BT.flatten()]
     assert targets == list(range(1, n))
     assert all(batch.tokens_BT.shape[0] <= batch_size for batch in batches)
     assert [batch.tokens_BT.shape[1] for batch in batches][:-1] == [4] * (len(batches) - 1)
-    shared = [batches.batch(index) for index in reversed(range(len(batches)))]  # any rank may take any batch
+    shared = [evaluation.batch(index) for index in reversed(range(len(evaluation)))]  # any rank may take any batch
     assert sorted(int(i) for batch in shared for i in batch.sample_ids_B) == list(range(-(-(n - 1) // 4)))
 
 
 def test_evaluation_of_a_part(tmp_path: Path) -> None:
     batches = EvaluationBatches(stream(tmp_path, 100), 4, 3, max_tokens=10)
-    assert [batch.targets_BT.tolist() for batch in batches] == [[[1, 2, 3, 4], [5, 6, 7, 8]], [[9]]]
-    assert batches.n_targets == 9
+    targets = [batches.batch(index).targets_BT.tolist() for index in range(len(batches))]
+    assert targets == [[[1, 2, 3, 4], [5, 6, 7, 8]], [[9]]] and batches.n_targets == 9
     with pytest.raises(IndexError):
         batches.batch(2)
     with pytest.raises(BadInput, match="two are needed"):

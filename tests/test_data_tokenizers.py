@@ -167,6 +167,44 @@ def test_tokenizers_that_do_not_serve_are_refused(tmp_path: Path, monkeypatch: p
     assert "network" in refusal("not a/valid/name on any hub")
 
 
+@pytest.mark.parametrize(("knob", "meant"), [("bpee", "bpe"), ("BPE", "bpe"), ("bytes", "byte"), ("bte", "byte")])
+def test_a_mistyped_name_is_told_at_once(knob: str, meant: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("data.tokenizers.hub_file", lambda name: pytest.fail(f"asks the hub for {name}"))
+    for use in (load_tokenizer, lambda name: tokenizer_identity(name, 300)):
+        with pytest.raises(BadInput, match=f"did you mean data.tokenizer={meant}"):
+            use(knob)
+
+
+def test_the_hub_is_asked_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A hub that does not answer costs one question, and a copy from an earlier day serves; one that does is asked."""
+    asked: list[str] = []
+
+    def unreachable(url: str) -> None:
+        asked.append(url)
+        raise OSError("no route to the hub")
+
+    byte_tokenizer().save(str(tmp_path / "tokenizer.json"))
+    file = str(tmp_path / "tokenizer.json")
+    monkeypatch.setattr(
+        "huggingface_hub.hf_hub_download", lambda *_: pytest.fail("downloads, which is tried six times")
+    )
+    monkeypatch.setattr("huggingface_hub.get_hf_file_metadata", unreachable)
+    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *_: None)
+    for knob in ("gpt2", "someone/bpe"):
+        with pytest.raises(BadInput, match=r"no route to the hub.*check data.tokenizer and the network"):
+            load_tokenizer(knob)
+    assert [url.partition("huggingface.co")[2] for url in asked] == [
+        "/gpt2/resolve/main/tokenizer.json",
+        "/someone/bpe/resolve/main/tokenizer.json",
+    ]
+    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *_: file)
+    assert load_tokenizer("gpt2").get_vocab_size() == 257
+    monkeypatch.setattr("huggingface_hub.get_hf_file_metadata", lambda url: None)
+    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *_: None)
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda *_: file)
+    assert load_tokenizer("gpt2").get_vocab_size() == 257
+
+
 def test_identity_of_a_tokenizer(tmp_path: Path) -> None:
     assert tokenizer_identity("byte", 300) == tokenizer_identity("byte", 400)
     assert tokenizer_identity("bpe", 300) != tokenizer_identity("bpe", 400)

@@ -92,7 +92,9 @@ def test_from_end_to_end(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
 def test_a_run_without_dropout_or_average(
     train: Train, tiny: Flags, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert train(tiny(data__test_fraction=0, training__max_steps=2)).returncode == 0
+    length = {"training__max_steps": "null", "training__max_epochs": 0.03, "schedule__warmup_steps": 9}
+    ended = train(tiny(data__test_fraction=0, **length))
+    assert ended.returncode == 0 and "warmup_steps is 9, and the run has 2 steps: it warms up in 1" in ended.stderr
     monkeypatch.chdir(tmp_path)
     assert main(["runs/tiny"]) == 0
     found = json.loads(Path("runs/tiny/evaluation.json").read_text())

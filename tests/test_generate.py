@@ -214,3 +214,11 @@ def test_seed_and_index_choose_the_sample() -> None:
     model, tokenizer = random_model("llama", vocab_size=257), byte_tokenizer()
     texts = [sample_text(model, tokenizer, "x", 256, 20, seed, index=i) for seed, i in [(0, 0), (0, 0), (0, 1), (1, 0)]]
     assert texts[0] == texts[1] and len(set(texts)) == 3
+
+
+def test_no_samples_are_refused() -> None:
+    from scripts.generate import main
+
+    for number in ("0", "-1"):
+        with pytest.raises(BadInput, match=f"--samples {number}: give at least 1"):
+            main(["runs/none", f"--samples={number}"])

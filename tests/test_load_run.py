@@ -36,7 +36,7 @@ def make_run(directory: Path, model: Model = SMALL, best: int | None = 10, avera
     run = directory / "run"
     for step in (10, 20):
         tensors = {"model": weights(step, model)} | ({"average": weights(step + 1, model)} if average else {})
-        checkpoint.save(run / "checkpoints", step, tensors, {"best": None})
+        checkpoint.save(run / "checkpoints", tensors, {"step": step, "best": None})
     (run / "config.yaml").write_text(dump(config))
     corpus = directory / "corpora" / "some-text"
     corpus.mkdir(parents=True)

@@ -7,8 +7,9 @@ from itertools import pairwise
 
 import pytest
 
-from config import Schedule
-from training.schedule import learning_rate_ratio, warmup_steps
+from command_line import parse
+from config import BadInput, Schedule
+from training.schedule import learning_rate_ratio, warmup_steps, warmup_warning
 
 
 def rates(name: str, total: int = 11, **knobs: object) -> list[float]:
@@ -57,3 +58,20 @@ def test_always_between_zero_and_the_peak(name: str, total: int, warmup: int | N
 
 def test_default_warmup() -> None:
     assert [warmup_steps(Schedule(), total) for total in (5, 400, 2000)] == [0, 40, 100]
+
+
+def test_a_warmup_as_long_as_the_run_is_refused() -> None:
+    for name in ("warmup_cosine", "one_cycle", "wsd", "constant"):
+        flags = [f"--schedule.name={name}", "--training.max_steps=10"]
+        assert parse([*flags, "--schedule.warmup_steps=9"]).schedule.warmup_steps == 9
+        for steps in (10, 11):
+            with pytest.raises(BadInput, match=rf"warmup_steps={steps} must be below training\.max_steps=10"):
+                parse([*flags, f"--schedule.warmup_steps={steps}"])
+    parse(["--schedule.name=cosine", "--schedule.warmup_steps=10", "--training.max_steps=10"])
+
+
+def test_a_warmup_that_the_text_cuts_short_is_told() -> None:
+    assert warmup_warning(Schedule(), 5) == warmup_warning(Schedule(warmup_steps=4), 5) == []
+    assert warmup_warning(Schedule(name="cosine", warmup_steps=5), 5) == []
+    (words,) = warmup_warning(Schedule(warmup_steps=5), 5)
+    assert words == "schedule.warmup_steps is 5, and the run has 5 steps: it warms up in 4"

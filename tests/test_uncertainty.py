@@ -77,7 +77,7 @@ def plain(model: GPT, corpus: Corpus, samples: int, seed: int) -> dict[str, floa
     with only_stochastic_on(model), torch.no_grad():
         for sample in range(samples):
             rows, first = [], 0
-            for batch in batches(corpus):
+            for batch in map(batches(corpus).batch, range(len(batches(corpus)))):
                 seed_activations(seed_for(seed, "mc dropout"), sample, first)
                 rows.append(model.logits(model(batch.tokens_BT)).flatten(0, 1).double().softmax(-1))
                 first += len(batch.tokens_BT)
@@ -263,6 +263,7 @@ def test_foreign_text_is_read_with_the_corpus_s_tokenizer(corpus: Corpus, tmp_pa
     assert split.read(0, split.n_tokens).tolist() == [256, *b"zut", 256, *b"alors!"]
     assert split.document_starts.tolist() == [0, 4] and split.n_bytes == 9
     assert foreign_split(tmp_path / "*.txt", corpus, 6).read(0, 6).tolist() == [256, *b"zut", 256, ord("a")]
-    assert [batch.tokens_BT.tolist() for batch in EvaluationBatches(split, 16, 4)] == [[[256, *b"zut", 256, *b"alors"]]]
+    whole = EvaluationBatches(split, 16, 4)
+    assert len(whole) == 1 and whole.batch(0).tokens_BT.tolist() == [[256, *b"zut", 256, *b"alors"]]
     with pytest.raises(BadInput, match=r"nothing\.txt"):
         foreign_split(tmp_path / "nothing.txt", corpus, 100)

@@ -28,6 +28,7 @@ from training.learner import Learner
 from training.optimizer import describe_groups
 from training.processes import barrier, gathered, on_main
 from training.progress import Judgement, Plan, Progress
+from training.schedule import warmup_warning
 from training.step import StepResult
 
 
@@ -130,6 +131,7 @@ class Run:
             checkpoint.set_aside_newer(self.checkpoints, progress.step)
             self._point_at(progress)
         hardware, versions = self.hardware.describe(), run_directory.versions()
+        self.warnings += warmup_warning(self.config.schedule, plan.total_steps)
         self.warnings += run_directory.bits_may_differ(self.before.get("versions", {}), versions)
         self.warnings += run_directory.bits_may_differ(self.before.get("hardware", {}), hardware)
         for warning in self.warnings:

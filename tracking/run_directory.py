@@ -17,7 +17,7 @@ from typing import Any, TextIO
 import yaml
 
 import files
-from command_line import from_mapping
+from command_line import from_mapping, load_yaml
 from config import BadInput, Config, Failure
 from data.sources import short_name
 from training.checkpoint import existing
@@ -103,7 +103,7 @@ def read_config(directory: Path) -> Config:
     """The config that is stored with a run; raises BadInput when it cannot be read."""
     file = directory / "config.yaml"
     try:
-        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+        content = load_yaml(file)
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as problem:
         raise BadInput(f"{file} cannot be read ({problem}); restore it or use another --run.name") from None
     return from_mapping(content, str(file))

@@ -58,7 +58,7 @@ class GradientSum:
             flat = self._flat(values)
             dist.all_reduce(flat)
         sizes = [parameter.numel() for parameter in self.parameters]
-        *gradients, values = flat.split([*sizes, len(flat) - sum(sizes)])
+        *gradients, values = torch.split(flat, [*sizes, len(flat) - sum(sizes)])
         for parameter, gradient in zip(self.parameters, gradients, strict=True):
             parameter.grad = gradient.view_as(parameter)
         return values
@@ -82,7 +82,7 @@ class GradientSum:
                 self.nodes[node] = flat
         (root,) = merged(self.nodes, self.micro_batches).values()
         self.nodes = {}
-        return root
+        return torch.as_tensor(root)
 
 
 def insert(nodes: dict[tuple[int, int], Any], node: tuple[int, int], value: Any, leaves: int) -> None:

@@ -8,12 +8,22 @@ from config import Schedule
 
 
 def warmup_steps(config: Schedule, total_steps: int) -> int:
-    """Steps of warmup, the null resolved: the smaller of 100 and a tenth of the run."""
+    """Steps of warmup, at most all but the last, the null resolved: the smaller of 100 and a tenth of the run."""
     if config.name == "cosine":
         return 0
     if config.warmup_steps is None:
         return min(100, total_steps // 10)
     return min(config.warmup_steps, max(0, total_steps - 1))
+
+
+def warmup_warning(config: Schedule, total_steps: int) -> list[str]:
+    """What to tell of a warmup that is cut short, because the length of the run follows from its text."""
+    steps = warmup_steps(config, total_steps)
+    if config.name == "cosine" or (config.warmup_steps or 0) <= steps:
+        return []
+    return [
+        f"schedule.warmup_steps is {config.warmup_steps}, and the run has {total_steps} steps: it warms up in {steps}"
+    ]
 
 
 def learning_rate_ratio(config: Schedule, step: int, total_steps: int) -> float:

@@ -59,11 +59,6 @@ def tensors(run: Path) -> dict[str, str]:
     return {"step": newest.name} | {file.name: sha256(file) for file in sorted(newest.glob("*.safetensors"))}
 
 
-def steps_kept(run: Path) -> list[int]:
-    """The steps of a run's checkpoints, newest first."""
-    return [int(path.name.removeprefix("step_")) for path in existing(run / "checkpoints")]
-
-
 @contextmanager
 def launched(
     flags: list[str], directory: Path, stderr: Any = None, **environment: str

@@ -12,7 +12,6 @@ Shape suffixes: N tokens, R tokens of one chunk, S samples, B sequences, T time,
 
 from __future__ import annotations
 
-import types
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -97,7 +96,7 @@ def mc_dropout(
         raise BadInput(f"MC-dropout needs at least one sample, not {samples}")
     own_seed, context = seed_for(seed, "mc dropout"), batches.context_length
     most = max(1, HIDDEN_ELEMENTS // (samples * context * model.config.d_model))
-    batches = EvaluationBatches(batches.split, context, min(batches.batch_size, most), batches.isolate_documents)
+    batches = EvaluationBatches(batches.split, context, min(batches.batch_size, most), None, batches.isolate_documents)
     progress = {"total": batches.n_targets * samples, "unit": "token", "unit_scale": True}
     parts: list[Tensor] = []
     with (
@@ -188,8 +187,7 @@ def foreign_split(path: str | Path, corpus: Corpus, max_tokens: int) -> Split:
     n_tokens = starts.pop()
     if n_tokens < 2:
         raise BadInput(f"there is no text in {path}; give a file with text that the model has not seen the like of")
-    stream = np.concatenate(parts).astype(np.int64)
-    shard = Shard(Path(path), 0, n_tokens, types.SimpleNamespace(get_slice=lambda _: stream))
+    shard = Shard(Path(path), 0, n_tokens, np.concatenate(parts).astype(np.int64))
     n_bytes = sum(len(document.encode()) for document in documents[: len(parts)])
     split = Split("foreign", (shard,), n_tokens, n_bytes, np.array(starts, dtype=np.int64), corpus.vocab_size)
     return split.head(max_tokens)

@@ -23,6 +23,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from config import BadInput, Model
+from files import write_json
 from model.gpt import GPT
 from model.huggingface_config import ARCHITECTURES, config_json, model_from_config_json
 from randomness import torch_generator
@@ -144,14 +145,10 @@ def check_tensors(tensors: dict[str, Tensor], config: Model, vocab_size: int, pl
             problems.append(f"{name} is {tensor.dtype}; only float32, bfloat16 and float16 can be read")
     problems += [f"{name} is missing" for name in expected if name not in tensors]
     if problems:
-        listed = [f"\n  {problem}" for problem in problems[:8]]
-        if len(problems) > 8:
-            listed.append(f"\n  and {len(problems) - 8} more")
-        raise BadInput(
-            f"{place} does not fit its config.json, which describes {config.family} with {config.n_layers} layers:"
-            + "".join(listed)
-            + "\n  correct config.json, or get the files again"
-        )
+        more = [f"and {len(problems) - 8} more"] if len(problems) > 8 else []
+        what = f"{place} does not fit its config.json, which describes {config.family} with {config.n_layers} layers:"
+        way_out = "correct config.json, or get the files again"
+        raise BadInput("\n  ".join([what, *problems[:8], *more, way_out]))
 
 
 def is_conv1d(config: Model, name: str) -> bool:
@@ -253,11 +250,6 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write a JSON object."""
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-
-
 # ---------------------------------------------------------------------------------------------- comparison
 
 
@@ -271,7 +263,8 @@ def compare_logits(model: GPT, directory: Path) -> float:
     """
     import transformers
 
-    transformers.utils.logging.disable_progress_bar()
+    logging: Any = transformers.utils.logging
+    logging.disable_progress_bar()
     loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
         directory,
         dtype=torch.float32,
@@ -293,4 +286,4 @@ def compare_logits(model: GPT, directory: Path) -> float:
     finally:
         model.train(training)
     theirs_BTV = theirs.eval()(tokens_BT).logits
-    return ((ours_BTV - theirs_BTV).abs().max() / theirs_BTV.abs().max().clamp(min=1)).item()
+    return float((ours_BTV - theirs_BTV).abs().max() / theirs_BTV.abs().max().clamp(min=1))

@@ -6,7 +6,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from config import BadInput, Model
+from config import BadInput, Model, all_errors
 
 ARCHITECTURES = {"gpt2": "GPT2LMHeadModel", "llama": "LlamaForCausalLM", "qwen3": "Qwen3ForCausalLM"}
 
@@ -102,8 +102,7 @@ def model_from_config_json(content: dict[str, Any], place: str = "config.json") 
     except KeyError as problem:
         raise BadInput(f"{place} lacks {problem}, which transformers writes; get the file again") from None
     except ValidationError as problem:
-        wrong = [" ".join([*map(str, error["loc"]), error["msg"]]) for error in problem.errors()]
-        raise BadInput(f"{place} describes a network that cannot be built: {'; '.join(wrong)}") from None
+        raise BadInput(f"{place} describes a network that cannot be built: {all_errors(problem)}") from None
     except TypeError as problem:
         raise BadInput(f"{place} describes a network that cannot be built: {problem}") from None
 

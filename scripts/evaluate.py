@@ -22,7 +22,7 @@ def main(arguments: list[str]) -> int:
     """Evaluate, print tables, write the files."""
     options = parse_options(arguments)
     import pictures
-    from data.loader import evaluation_batches
+    from data.loader import EvaluationBatches
     from evaluation.evaluate import evaluate
     from evaluation.uncertainty import foreign_split, mc_dropout, stochastic_modules
     from files import write_json
@@ -40,12 +40,12 @@ def main(arguments: list[str]) -> int:
         names = [name for name in ("val", "test") if name == "val" or name in corpus.manifest["splits"]]
     context, size, isolated = config.model.context_length, config.training.micro_size, config.data.isolate_documents
     sizes = (context, size, options.max_tokens, isolated)
-    batches = {name: evaluation_batches(corpus.split(name), *sizes) for name in names}
+    batches = {name: EvaluationBatches(corpus.split(name), *sizes) for name in names}
     if options.mc_samples:
         stochastic_modules(model)  # and the text below is read: what cannot be done is told before an hour of work
     if options.ood:
         foreign = foreign_split(options.ood, corpus, batches[names[0]].split.n_tokens)
-        batches["foreign"] = evaluation_batches(foreign, *sizes)
+        batches["foreign"] = EvaluationBatches(foreign, *sizes)
     kinds: list[Literal["model", "average"]] = ["model", "average"] if has_average(checkpoint) else ["model"]
     results: dict[str, Any] = {
         "checkpoint": checkpoint.name,

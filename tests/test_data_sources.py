@@ -127,7 +127,7 @@ def test_paths_that_hold_nothing_are_refused_with_a_way_out(tmp_path: Path) -> N
     (tmp_path / "book.txt").write_text("x")
     assert "directory" in refusal(tmp_path) and "*.txt" in refusal(tmp_path)
     assert "did you mean" in refusal(tmp_path / "bok.txt") and "book.txt" in refusal(tmp_path / "bok.txt")
-    assert "no file matches" in refusal(tmp_path / "*.md")
+    assert "there is no file" in refusal(tmp_path / "*.md")
     os.mkfifo(tmp_path / "pipe")
     assert "not a regular file" in refusal(tmp_path / "pipe")
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from command_line import parse
 from config import BadInput
-from data.loader import EvaluationBatches, evaluation_batches
+from data.loader import EvaluationBatches
 from data.prepare import prepare
 from data.shards import Corpus
 from evaluation import uncertainty
@@ -44,7 +44,7 @@ def make_model(*knobs: str) -> GPT:
 
 
 def batches(corpus: Corpus, tokens: int = 200, size: int = 4) -> EvaluationBatches:
-    return evaluation_batches(corpus.split("val"), 16, size, tokens)
+    return EvaluationBatches(corpus.split("val"), 16, size, tokens)
 
 
 def logits_of(probabilities: list[list[float]]) -> Tensor:
@@ -263,7 +263,7 @@ def test_foreign_text_is_read_with_the_corpus_s_tokenizer(corpus: Corpus, tmp_pa
     assert split.read(0, split.n_tokens).tolist() == [256, *b"zut", 256, *b"alors!"]
     assert split.document_starts.tolist() == [0, 4] and split.n_bytes == 9
     assert foreign_split(tmp_path / "*.txt", corpus, 6).read(0, 6).tolist() == [256, *b"zut", 256, ord("a")]
-    whole = evaluation_batches(split, 16, 4)
+    whole = EvaluationBatches(split, 16, 4)
     assert len(whole) == 1 and whole.batch(0).tokens_BT.tolist() == [[256, *b"zut", 256, *b"alors"]]
     with pytest.raises(BadInput, match=r"nothing\.txt"):
         foreign_split(tmp_path / "nothing.txt", corpus, 100)

@@ -23,7 +23,7 @@ from torch import Tensor
 
 import train as program
 from config import Model, Regularizers
-from data.loader import evaluation_batches
+from data.loader import EvaluationBatches
 from data.shards import Corpus
 from evaluation.evaluate import evaluate
 from hardware import Hardware
@@ -240,7 +240,7 @@ def test_on_acts_in_training_only(
         assert len(on.losses) < len(base.losses) == 5 and on.losses[:steps] == base.losses[:steps]
     # The evaluation of given weights, by models with and without it, is the same to the last bit.
     corpus = Corpus.open(next((on.directory.parent.parent / "corpora").glob("[!.]*")))
-    batches = evaluation_batches(corpus.split("val"), 32, 8, max_tokens=300)
+    batches = EvaluationBatches(corpus.split("val"), 32, 8, max_tokens=300)
     shape = Model(n_layers=2, d_model=32, n_heads=2, context_length=32)
     hardware = Hardware(0, 1, torch.device("cpu"), "fp32", False, 1)
     results = []

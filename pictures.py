@@ -34,7 +34,7 @@ def _panels(width: float, height: float, count: int, columns: int | None = None,
 
 
 def save(figure: Any, path: Path) -> None:
-    """Write the picture as a PNG in one step, so that a viewer never meets half of it, whoever else writes it too."""
+    """Write the picture as a PNG in one step, so that nobody reads half a file, also when two processes write it."""
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.new")
     try:
         figure.savefig(temporary, format="png")
@@ -336,7 +336,9 @@ def dose_response(knobs: dict[str, list[dict[str, Any]]], unit: str, narrow: boo
     figure, panels = _panels(*size, len(knobs), columns, sharey=True)
     for panel, (knob, doses) in zip(panels, knobs.items(), strict=True):
         doses = sorted(doses, key=lambda dose: dose["value"])
-        spaced = len(doses) <= 8  # few doses stand at equal distances: 0, 0.1, 1, 3 fit no scale
+        spaced = (
+            len(doses) <= 8
+        )  # a few values stand at equal distances: 0, 0.1, 1, 3 suit neither a linear nor a log axis
         across = list(range(len(doses))) if spaced else [dose["value"] for dose in doses]
         panel.axhline(0, color="black", linewidth=0.9)
         panel.plot(across, [dose["difference"] for dose in doses], color=VAL, linewidth=1.4)

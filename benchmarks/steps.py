@@ -55,12 +55,6 @@ def steps_of(shape: Shape) -> dict[str, Step]:
     return steps
 
 
-def flops(shape: Shape) -> float:
-    """Floating-point operations of a step's products, without those of biases, gains and positions."""
-    parameters = 12 * shape.n_layers * shape.d_model**2 + shape.vocab_size * shape.d_model
-    return shape.tokens * operations_per_token(parameters, shape.n_layers, shape.d_model, shape.context)
-
-
 def product(dtype: torch.dtype) -> Callable[[], object]:
     """A product of two square matrices of PRODUCT rows, to know what the machine can do."""
     left, right = (torch.randn(PRODUCT, PRODUCT, device=DEVICE).to(dtype) for _ in range(2))
@@ -91,16 +85,17 @@ def measure(rounds: int = 8) -> dict[str, Any]:
         tokens_BT = torch.randint(shape.vocab_size, (shape.batch, shape.context), generator=generator).to(DEVICE)
         works = {name: partial(repeat, step, tokens_BT, tokens_BT, times) for name, step in steps_of(shape).items()}
         products = {f"product {kind}": product(dtype) for kind, dtype in KINDS.items()}
-        torch.compiler.reset()  # what was compiled for the other shape would have this one's sizes made variables
+        torch.compiler.reset()  # otherwise this shape, the second it sees, would be compiled with dynamic sizes
         first = {name: seconds_of(works[name]) for name in works if "compiled" in name}
         seconds = in_turn(works | products, rounds)
+        parameters = 12 * shape.n_layers * shape.d_model**2 + shape.vocab_size * shape.d_model  # of matrices
         results[title] = {
             "seconds": {name: [one / times for one in seconds[name]] for name in works},
             "products": {kind: seconds[f"product {kind}"] for kind in KINDS},
             "first": first,
             "memory": {name: gpu_memory(work) for name, work in works.items()} if DEVICE.type == "cuda" else {},
             "tokens": shape.tokens,
-            "flops": flops(shape),
+            "flops": shape.tokens * operations_per_token(parameters, shape.n_layers, shape.d_model, shape.context),
         }
     return results
 

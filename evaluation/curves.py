@@ -172,7 +172,8 @@ def read_csv(text: str) -> list[dict[str, Any]]:
 def match(rows: list[dict[str, Any]], columns: list[str], names: list[str]) -> str | None:
     """The column that goes by one of ``names``, the first that holds enough numbers, else the one with the most.
 
-    (Trainers log a lone summary value under the best of names.) W&B's exports put "<run> - " before each name.
+    Enough, because transformers' Trainer logs one mean over the run as train_loss, beside a column called loss.
+    W&B's exports put "<run> - " before each name.
     """
     counts = {column: sum(number(row.get(column)) is not None for row in rows) for column in columns}
     whole = {column: re.sub(r"[^a-z0-9]", "", column.lower()) for column in columns}

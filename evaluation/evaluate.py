@@ -1,4 +1,4 @@
-"""What a model knows of a split: every token once, weighted alike, whatever the objective was.
+"""Metrics of a model on a whole split: each target counts once and alike, whatever the training objective was.
 
 Sums are kept in float64 and reduced over the processes once, before anything is divided.
 """
@@ -60,7 +60,9 @@ def evaluate(
         for hidden_RD, target_R in in_chunks(hidden_ND, batch.targets_BT.flatten(), len(weight_VD)):
             _add(sums, bins, (hidden_RD @ weight_VD.T).float(), target_R)
     model.train(training)
-    widest = torch.float32 if hardware.device.type == "mps" else torch.float64  # that the device can add up
+    widest = (
+        torch.float32 if hardware.device.type == "mps" else torch.float64
+    )  # the widest type that the device can add
     sums, bins = (total(part.to(hardware.device, widest), hardware).double().cpu() for part in (sums, bins))
     _, loss, accuracy, brier, entropy, log_z = (sums / sums[0]).tolist()
     means = (bins / bins[0].clamp(min=1)).tolist()
@@ -97,7 +99,7 @@ def in_chunks(hidden_ND: Tensor, targets_N: Tensor, vocab_size: int) -> Iterator
 
 
 def _add(sums: Tensor, bins: Tensor, logits_RV: Tensor, target_R: Tensor) -> None:
-    """Add the sums of one chunk of tokens; the logits' memory is used up."""
+    """Add the sums of one chunk of tokens; the logits are overwritten."""
     log_z_R = logits_RV.logsumexp(-1)
     log_p_RV = logits_RV.sub_(log_z_R[:, None])
     loss_R = -log_p_RV.gather(-1, target_R[:, None]).squeeze(-1)

@@ -1,4 +1,4 @@
-"""What a model does not know, told by letting its dropout go on (Gal & Ghahramani 2016, MC-dropout).
+"""How uncertain a model is, measured by leaving its dropout on (MC-dropout, Gal & Ghahramani 2016).
 
 Each of S samples is the same network under another dropout mask. The prediction is the mean of their probabilities
 (never of their logits), and its entropy splits into two parts:
@@ -140,7 +140,7 @@ def measure(hidden_SND: Tensor, weight_VD: Tensor, targets_N: Tensor) -> list[Te
 
 
 def entropy(p_RV: Tensor) -> Tensor:
-    """-Σ p log p in nats, (R,) float64 on the CPU. One function for both entropies: one sample informs by exactly 0."""
+    """-Σ p log p in nats, (R,) float64 on the CPU. Both entropies are its, so that of one sample they are equal."""
     entropy_R: Tensor = torch.special.entr(p_RV).sum(-1)
     return entropy_R.cpu().double()
 
@@ -171,7 +171,7 @@ def foreign_split(path: str | Path, corpus: Corpus, max_tokens: int) -> Split:
     from data.tokenizers import encode_documents
 
     documents: list[str] = []
-    room = 16 * max_tokens  # characters: a token is seldom longer than 16, and what is too much is cut off below
+    room = 16 * max_tokens  # characters: a token is seldom longer than 16; the last line cuts to tokens
     for document in open_source(Data(corpus="text", path=str(path))).documents():
         documents.append(document[:room])
         room -= len(documents[-1])

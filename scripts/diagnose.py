@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from command_line import parse
-from config import BadInput, Config, Regularizers
+from config import BadInput, Regularizers
 from program import FINISHED, run
 
 
@@ -36,8 +36,11 @@ def main(arguments: list[str]) -> int:
     from evaluation.curves import read_curves
     from evaluation.diagnosis import diagnose
 
-    records = read_curves(options.curves)
-    diagnosis = diagnose(records, config_of(Path(options.curves)))
+    path = Path(options.curves)
+    records = read_curves(path)
+    file = (path if path.is_dir() else path.parent) / "config.yaml"
+    ours = file.is_file() and (path.is_dir() or path.name == "metrics.jsonl")
+    diagnosis = diagnose(records, parse([str(file)]) if ours else None)
     print(diagnosis.text())
     if options.picture:
         import pictures
@@ -45,17 +48,9 @@ def main(arguments: list[str]) -> int:
         picture = Path(options.picture)
         if not picture.parent.is_dir():
             raise BadInput(f"there is no directory {picture.parent} for the picture; make it or name another")
-        pictures.curves(records, picture, Path(options.curves).name, diagnosis.headline)
+        pictures.curves(records, picture, path.name, diagnosis.headline)
         print(f"curves            {picture}")
     return FINISHED
-
-
-def config_of(path: Path) -> Config | None:
-    """The config that lies beside the curves; None for other people's files."""
-    file = (path if path.is_dir() else path.parent) / "config.yaml"
-    if not file.is_file() or not (path.is_dir() or path.name == "metrics.jsonl"):
-        return None
-    return parse([str(file)])
 
 
 def knobs_table(width: int) -> str:

@@ -42,7 +42,7 @@ def main(arguments: list[str]) -> int:
     sizes = (context, size, options.max_tokens, isolated)
     batches = {name: EvaluationBatches(corpus.split(name), *sizes) for name in names}
     if options.mc_samples:
-        stochastic_modules(model)  # and the text below is read: what cannot be done is told before an hour of work
+        stochastic_modules(model)  # raises BadInput, as the reading of the text below does, before an hour of work
     if options.ood:
         foreign = foreign_split(options.ood, corpus, batches[names[0]].split.n_tokens)
         batches["foreign"] = EvaluationBatches(foreign, *sizes)
@@ -52,7 +52,7 @@ def main(arguments: list[str]) -> int:
         "corpus": corpus.fingerprint,
         "hardware": hardware.describe(),
         "max_tokens": options.max_tokens,
-        "weights": kinds[-1],  # the ones to use; calibration and MC-dropout are theirs
+        "weights": kinds[-1],  # the ones to use, of which calibration and MC-dropout are computed
         **{name: {} for name in batches},
     }
 

@@ -236,8 +236,7 @@ def test_export_leaves_nothing_when_the_logits_differ(
 ) -> None:
     run, out = make_run(tmp_path), tmp_path / "exports" / "mine"
     # Gate and up change places, as a wrong table would have it: it loads without complaint.
-    names = ["mlp.up_proj.weight", "mlp.gate_proj.weight"]
-    monkeypatch.setitem(huggingface.INSIDE["qwen3"], "mlp.input.weight", names)
+    monkeypatch.setitem(huggingface.MODULES["qwen3"], "mlp.input", ["mlp.up_proj", "mlp.gate_proj"])
     assert export_huggingface.main([str(run), str(out)]) == 4
     assert "nothing written" in capsys.readouterr().err
     assert list(out.parent.iterdir()) == []

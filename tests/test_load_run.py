@@ -246,8 +246,7 @@ def test_export_overwrites_nothing(tmp_path: Path) -> None:
 def test_export_leaves_nothing_when_the_logits_differ(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run, out = make_run(tmp_path), tmp_path / "exports" / "mine"
     # Gate and up change places, as a wrong table would have it: it loads without complaint.
-    names = ["mlp.up_proj.weight", "mlp.gate_proj.weight"]
-    monkeypatch.setitem(huggingface.INSIDE["qwen3"], "mlp.input.weight", names)
+    monkeypatch.setitem(huggingface.MODULES["qwen3"], "mlp.input", ["mlp.up_proj", "mlp.gate_proj"])
     with pytest.raises(Failure, match="nothing written"):
         export_huggingface.main([str(run), str(out)])
     assert list(out.parent.iterdir()) == []

@@ -25,18 +25,13 @@ Count = Annotated[int, Field(ge=0)]
 
 
 class FileEntry(BaseModel, strict=True):
-    """What the manifest says of a file."""
+    """What the manifest says of a file; a shard has tokens and documents."""
 
     file: Any  # files.problem_of refuses what is not the name of a plain file
     size: Count
     sha256: str
-
-
-class ShardEntry(FileEntry):
-    """What the manifest says of a shard."""
-
-    tokens: Count
-    documents: Count
+    tokens: Count = 0
+    documents: Count = 0
 
 
 class SplitEntry(BaseModel, strict=True):
@@ -45,7 +40,7 @@ class SplitEntry(BaseModel, strict=True):
     bytes: Count
     tokens: Count
     documents: Count
-    shards: list[ShardEntry]
+    shards: list[FileEntry]
 
 
 class Manifest(BaseModel, strict=True):

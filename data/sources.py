@@ -23,6 +23,7 @@ from typing import Any
 
 from config import BadInput, Data
 from data.readers import (
+    EMPTY,
     Mended,
     dataset_identity,
     document_kind,
@@ -65,7 +66,7 @@ class Source:
             if text.strip():
                 yield text
             else:
-                self.mended.empty += 1
+                self.mended[EMPTY] += 1
 
     def transformed(self, document: str) -> list[str]:
         """What data.transform makes of one document; empty texts are left out. Raises BadInput if it fails."""

@@ -155,13 +155,11 @@ def write_directory(model: GPT, tokenizer_file: Path, directory: Path, end_of_te
     token = Tokenizer.from_file(str(tokenizer_file)).id_to_token(end_of_text)
     tokenizer_config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
-        "bos_token": token,
-        "eos_token": token,
-        "pad_token": token,
+        **dict.fromkeys(("bos_token", "eos_token", "pad_token"), token),
         "model_max_length": model.config.context_length,
         "clean_up_tokenization_spaces": False,  # decoding gives the text back as it was
     }
-    ends = {"bos_token_id": end_of_text, "eos_token_id": end_of_text, "pad_token_id": end_of_text}
+    ends = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), end_of_text)
     directory.mkdir(parents=True, exist_ok=True)
     write_json(directory / "config.json", config_json(model.config, model.vocab_size, end_of_text))
     write_json(directory / "tokenizer_config.json", tokenizer_config)

@@ -193,6 +193,7 @@ def test_transform(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         "def wrong(text): return 3\n"
         "def broken(text): return 1 / 0\n"
     )
+    (tmp_path / "faulty.py").write_text("'a' + 1\n")
     (tmp_path / "t.txt").write_text("abcd")
     before = list(sys.path)
 
@@ -208,6 +209,7 @@ def test_transform(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         ("shouting:broken", "ZeroDivisionError.*shouting.py:4"),
         ("shouting:missing", "no function 'missing'"),
         ("no_such_module:f", "cannot import no_such_module"),
+        ("faulty:f", "cannot import faulty .TypeError"),
         ("math:sqrt", "no Python source"),
     ):
         with pytest.raises(BadInput, match=says):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -108,9 +109,20 @@ def test_mode_and_chunks(model: GPT, corpus: Corpus, monkeypatch: pytest.MonkeyP
     model.train()
     whole, _ = evaluate(model, batches(), ALONE, 1.0)
     assert model.training
-    monkeypatch.setattr("evaluation.evaluate.CHUNK_NUMBERS", 7 * corpus.vocab_size)
+    monkeypatch.setattr("evaluation.evaluate.CHUNK_ELEMENTS", 7 * corpus.vocab_size)
     parts, _ = evaluate(model.eval(), batches(), ALONE, 1.0)
     assert not model.training and parts == pytest.approx(whole, rel=1e-6)
+
+
+def test_a_terminal_sees_that_it_is_evaluated(
+    model: GPT, corpus: Corpus, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    batches = EvaluationBatches(corpus.split("val"), 16, 4, 200)
+    evaluate(model, batches, ALONE, 1.0)
+    assert not capsys.readouterr().err, "a log file wants no bars"
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    evaluate(model, batches, ALONE, 1.0, "val, averaged")
+    assert "val, averaged" in capsys.readouterr().err
 
 
 def test_uniform_model_is_ln_v(corpus: Corpus, model: GPT) -> None:

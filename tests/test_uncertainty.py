@@ -100,7 +100,7 @@ def plain(model: GPT, corpus: Corpus, samples: int, seed: int) -> dict[str, floa
 def test_it_is_the_plain_computation_in_bounded_memory(
     rows: int, corpus: Corpus, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(uncertainty, "CHUNK_NUMBERS", rows * 257)
+    monkeypatch.setattr("evaluation.evaluate.CHUNK_ELEMENTS", rows * 257)
     model = make_model("residual_dropout=0.2", "attention_dropout=0.1", "stochastic_depth=0.3")
     found = mc_dropout(model, batches(corpus), ALONE, 5, 11)
     assert found.metrics == pytest.approx(plain(model, corpus, 5, 11), rel=1e-5, abs=1e-6)
@@ -151,7 +151,7 @@ def test_the_seed_says_everything(corpus: Corpus) -> None:
 def test_sequences_share_no_mask_and_samples_neither(corpus: Corpus, monkeypatch: pytest.MonkeyPatch) -> None:
     seeds: list[tuple[int, int]] = []
     monkeypatch.setattr(uncertainty, "seed_activations", lambda seed, *place: seeds.append(place))
-    monkeypatch.setattr(uncertainty, "HIDDEN_NUMBERS", 2 * 3 * 16 * 16)  # two sequences of three samples at a time
+    monkeypatch.setattr(uncertainty, "HIDDEN_ELEMENTS", 2 * 3 * 16 * 16)  # two sequences of three samples at a time
     mc_dropout(make_model("residual_dropout=0.3"), batches(corpus), ALONE, 3, 5)
     assert len(set(seeds)) == len(seeds) == 3 * 7  # 12 whole windows in pairs, and the rest
     assert {first for _, first in seeds} == {0, 2, 4, 6, 8, 10, 12}

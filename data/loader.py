@@ -77,12 +77,12 @@ class Shuffled:
     def read(self, begin: int, end: int) -> np.ndarray:
         """Tokens begin..end of the new stream, int64."""
         parts = []
-        number = int(np.searchsorted(self.document_starts, begin, side="right")) - 1
+        index = int(np.searchsorted(self.document_starts, begin, side="right")) - 1
         while begin < end:
-            stop = min(int(self.document_ends[number]), end)
-            shift = int(self.split.document_starts[self.order[number]] - self.document_starts[number])
+            stop = min(int(self.document_ends[index]), end)
+            shift = int(self.split.document_starts[self.order[index]] - self.document_starts[index])
             parts.append(self.split.read(begin + shift, stop + shift))
-            begin, number = stop, number + 1
+            begin, index = stop, index + 1
         return np.concatenate(parts)
 
 
@@ -133,16 +133,16 @@ class TrainingLoader:
             raise IndexError(f"sequences {first}..{first + count} of step {step}: a step has {self.global_batch_size}")
         windows, ids = [], []
         for sample in range(step * self.global_batch_size + first, step * self.global_batch_size + first + count):
-            number, index = divmod(sample, self.windows_per_epoch)
-            epoch = self._epoch(number)
+            epoch_number, index = divmod(sample, self.windows_per_epoch)
+            epoch = self._epoch(epoch_number)
             window = int(epoch.order[index])
             windows.append((epoch.stream, epoch.offset + window * self.context_length))
-            ids.append(number * self.windows_per_epoch + window)
+            ids.append(epoch_number * self.windows_per_epoch + window)
         return make_batch(windows, self.context_length, ids, self.isolate_documents)
 
     def batches(self, steps: Iterable[int], micro_batches: Iterable[int], size: int, device: torch.device) -> Batches:
-        """The micro-batches of these numbers, of ``size`` sequences, of one step after the other, on ``device``."""
-        return Batches(self.batch(step, number * size, size).to(device) for step in steps for number in micro_batches)
+        """Of one step after the other these micro-batches, of ``size`` sequences each, on ``device``."""
+        return Batches(self.batch(step, index * size, size).to(device) for step in steps for index in micro_batches)
 
     def _draw_epoch(self, number: int) -> Epoch:
         split = self.split
@@ -214,7 +214,7 @@ class EvaluationBatches:
         ids, length = list(range(first, min(first + self.batch_size, self.full_windows))), self.context_length
         if not ids:
             ids, length = [self.full_windows], self.rest
-        windows = [(self.split, number * self.context_length) for number in ids]
+        windows = [(self.split, window * self.context_length) for window in ids]
         return make_batch(windows, length, ids, self.isolate_documents)
 
 

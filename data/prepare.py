@@ -17,6 +17,7 @@ import shutil
 from array import array
 from collections.abc import Iterator
 from contextlib import suppress
+from functools import partial
 from itertools import pairwise, tee
 from pathlib import Path
 from typing import Any, TextIO
@@ -28,6 +29,7 @@ from tqdm import tqdm
 
 import files
 from config import BadInput, Data
+from data.readers import HELD_OUT
 from data.sources import Source, open_source
 from data.tokenizers import (
     byte_tokenizer,
@@ -43,6 +45,8 @@ FORMAT = 1  # raise it when the same input would give other bytes
 TRANSFORM_FORMAT = 2  # the same for text with a data.transform
 SPLITS = ("train", "val", "test")
 SHARD_TOKENS = 50_000_000
+
+progress_bar = partial(tqdm, unit="B", unit_scale=True, leave=False)
 
 
 def prepare(config: Data, root: Path | str = "corpora", quiet: bool = False, shard_tokens: int = SHARD_TOKENS) -> Path:
@@ -70,18 +74,18 @@ def prepare(config: Data, root: Path | str = "corpora", quiet: bool = False, sha
             if directory.is_dir():
                 return directory
             sweep(directory.parent)
-            partial = directory.with_name(f".{directory.name}.partial")
-            shutil.rmtree(partial, ignore_errors=True)  # the lock is ours, so whoever made it is dead
+            unfinished = directory.with_name(f".{directory.name}.partial")
+            shutil.rmtree(unfinished, ignore_errors=True)  # the lock is ours, so whoever made it is dead
             try:
-                partial.mkdir()
-                summary = write_corpus(partial, source, config, {"fingerprint": fingerprint, **identity}, quiet)
+                unfinished.mkdir()
+                summary = write_corpus(unfinished, source, config, {"fingerprint": fingerprint, **identity}, quiet)
                 if open_source(config).identity != source.identity:
                     raise BadInput(f"{source.describe} changed while it was read; start again")
-                files.sync(partial)
-                partial.rename(directory)
+                files.sync(unfinished)
+                unfinished.rename(directory)
                 files.sync(directory.parent)
             finally:
-                shutil.rmtree(partial, ignore_errors=True)
+                shutil.rmtree(unfinished, ignore_errors=True)
     except OSError as problem:
         raise BadInput(
             f"cannot write the corpus {directory}: {problem.strerror or problem}; "
@@ -96,14 +100,15 @@ def write_corpus(directory: Path, source: Source, config: Data, identity: dict[s
     """Read, split, tokenize and write everything into ``directory``; returns a summary of a few lines."""
     splits = Splits(source, config)
     tokenizer = make_tokenizer(splits, config, quiet)
-    tokenizer.save(str(directory / "tokenizer.json"))
+    tokenizer_file = directory / "tokenizer.json"
+    tokenizer.save(str(tokenizer_file))
     vocab_size, end = vocabulary_size(tokenizer), end_of_text(tokenizer)
     dtype = np.dtype(np.uint16 if vocab_size <= 2**16 else np.uint32)
     names = SPLITS if config.test_fraction > 0 else SPLITS[:2]
     writers = {name: SplitWriter(directory, name, dtype, end, int(identity["shard_tokens"])) for name in names}
     named_texts, texts = tee(splits.texts())
     encoded = encode_documents(tokenizer, (text for _, text in texts))
-    with progress("tokenizing", source, quiet) as bar:
+    with progress_bar(desc="tokenizing", total=source.n_bytes, disable=quiet or None) as bar:
         for (name, text), tokens in zip(named_texts, encoded, strict=True):
             n_bytes = len(text.encode())
             writers[name].add(tokens, n_bytes)
@@ -117,7 +122,7 @@ def write_corpus(directory: Path, source: Source, config: Data, identity: dict[s
         "name": source.name,
         "describe": source.describe,
         "replaced": source.mended.summary(),
-        "tokenizer": {**identity["tokenizer"], **entry_of(directory / "tokenizer.json")},
+        "tokenizer": {**identity["tokenizer"], "file": tokenizer_file.name, **files.entry_of(tokenizer_file)},
         "vocab_size": vocab_size,
         "end_of_text": end,
         "dtype": {2: "U16", 4: "U32"}[dtype.itemsize],
@@ -147,7 +152,7 @@ def make_tokenizer(splits: Splits, config: Data, quiet: bool) -> Tokenizer:
         return byte_tokenizer()
     if config.tokenizer != "bpe":
         return load_tokenizer(config.tokenizer)
-    with progress("training the tokenizer", splits.source, quiet) as bar:
+    with progress_bar(desc="training the tokenizer", total=splits.source.n_bytes, disable=quiet or None) as bar:
 
         def texts() -> Iterator[str]:
             for name, text in splits.texts():
@@ -192,7 +197,7 @@ class Splits:
                 if not self.owners or self.owners.get(hash_of(text), name) == name:
                     yield name, text
                 else:
-                    self.source.mended.held_out += 1
+                    self.source.mended[HELD_OUT] += 1
 
     def _parts(self) -> Iterator[tuple[str, str]]:
         """The name of its split and every document before its transform; a document across two splits is cut."""
@@ -284,20 +289,9 @@ class SplitWriter:
         file = self.directory / f"{self.name}-{len(self.shards):05d}.safetensors"
         starts = np.array(self.starts, dtype=np.int64)
         save_file({"tokens": self.buffer[: self.filled], "document_starts": starts}, file)
-        self.shards.append({**entry_of(file), "tokens": self.filled, "documents": len(starts)})
+        counts = {"tokens": self.filled, "documents": len(starts)}
+        self.shards.append({"file": file.name, **files.entry_of(file), **counts})
         self.filled, self.starts = 0, array("q")
-
-
-def entry_of(file: Path) -> dict[str, Any]:
-    """Name, size and sha256 of a file, for the manifest."""
-    return {"file": file.name, **files.entry_of(file)}
-
-
-def progress(title: str, source: Source, quiet: bool) -> tqdm:
-    """A bar over the bytes of the source, on a terminal only."""
-    return tqdm(
-        total=source.n_bytes, desc=title, unit="B", unit_scale=True, leave=False, disable=True if quiet else None
-    )
 
 
 def lock(directory: Path, quiet: bool) -> TextIO:
@@ -313,6 +307,6 @@ def lock(directory: Path, quiet: bool) -> TextIO:
 
 def sweep(root: Path) -> None:
     """Remove what killed preparations left in ``root``: partial directories whose lock nobody holds."""
-    for partial in root.glob(".*.partial"):
-        with suppress(BlockingIOError), files.lock(partial.with_suffix(".lock")):
-            shutil.rmtree(partial, ignore_errors=True)
+    for unfinished in root.glob(".*.partial"):
+        with suppress(BlockingIOError), files.lock(unfinished.with_suffix(".lock")):
+            shutil.rmtree(unfinished, ignore_errors=True)

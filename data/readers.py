@@ -13,8 +13,8 @@ import os
 import re
 import sys
 import sysconfig
+from collections import Counter
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -26,52 +26,43 @@ JSON_LINES = (".jsonl", ".ndjson")
 NOT_STDLIB_TEXT = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__", "lib2to3"}
 LARGEST_SHARE_REPLACED = 0.1  # a file with more invalid bytes than this is no text
 
-
-MENDED = {
-    "invalid": "invalid bytes became U+FFFD",
-    "crlf": "CRLF became LF",
-    "marks": "byte-order marks dropped",
-    "empty": "empty documents left out",
-    "held_out": "transformed texts left out that a held-out split has",
-}
+# What is done to the text on the way, in the words that tell of it.
+INVALID = "invalid bytes became U+FFFD"
+CRLF = "CRLF became LF"
+MARKS = "byte-order marks dropped"
+EMPTY = "empty documents left out"
+HELD_OUT = "transformed texts left out that a held-out split has"
 
 
-@dataclass
-class Mended:
-    """Counts of what was changed in the text while it was read the last time; MENDED says what each of them counts."""
-
-    invalid: int = 0
-    crlf: int = 0
-    marks: int = 0
-    empty: int = 0
-    held_out: int = 0
+class Mended(Counter[str]):
+    """How often each of these was done while the text was read the last time."""
 
     def summary(self) -> str:
         """One line, or "nothing"."""
-        return "; ".join(f"{count:,} {MENDED[name]}" for name, count in asdict(self).items() if count) or "nothing"
+        kinds = (INVALID, CRLF, MARKS, EMPTY, HELD_OUT)
+        return "; ".join(f"{self[what]:,} {what}" for what in kinds if self[what]) or "nothing"
 
     def decode(self, raw: bytes) -> str:
         """UTF-8 without a byte-order mark before it; invalid bytes become lone surrogates, to be mended."""
         text = raw.decode("utf-8", "surrogateescape")
-        self.marks += text.startswith("\ufeff")
+        self[MARKS] += text.startswith("\ufeff")
         return text.removeprefix("\ufeff")
 
     def mend(self, text: str) -> str:
         """``text`` with lone surrogates (which is how invalid bytes come here) and CRLF replaced, and counted."""
         text, invalid = re.subn("[\ud800-\udfff]", "\ufffd", text)
-        crlf = text.count("\r\n")
-        self.invalid += invalid
-        self.crlf += crlf
-        return text.replace("\r\n", "\n") if crlf else text
+        self[INVALID] += invalid
+        self[CRLF] += text.count("\r\n")
+        return text.replace("\r\n", "\n")
 
     def mend_file(self, raw: bytes, path: Path) -> str:
         """The text of a whole file. Raises BadInput if it looks binary."""
         way_out = "leave it out of data.path, or convert it to UTF-8 text"
         if b"\0" in raw:
             raise BadInput(f"{path} looks binary (byte {raw.index(0):,} is NUL); {way_out}")
-        before = self.invalid
+        before = self[INVALID]
         text = self.mend(self.decode(raw))
-        replaced = self.invalid - before
+        replaced = self[INVALID] - before
         if replaced > LARGEST_SHARE_REPLACED * len(raw):
             raise BadInput(f"{path} is not UTF-8 text ({replaced:,} of {len(raw):,} bytes are invalid); {way_out}")
         return text
@@ -109,8 +100,7 @@ def text_files(path: str) -> tuple[Path, list[Path]]:
     for file in files:
         if not file.is_file():
             raise BadInput(f"{file} is not a regular file; leave it out of data.path")
-    base = Path(os.path.commonpath([file.parent for file in files]))
-    return base, files
+    return Path(os.path.commonpath([file.parent for file in files])), files
 
 
 def files_identity(base: Path, files: list[Path]) -> dict[str, Any]:

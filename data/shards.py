@@ -25,18 +25,13 @@ Count = Annotated[int, Field(ge=0)]
 
 
 class FileEntry(BaseModel, strict=True):
-    """What the manifest says of a file."""
+    """What the manifest says of a file; a shard has tokens and documents."""
 
     file: Any  # files.problem_of refuses what is not the name of a plain file
     size: Count
     sha256: str
-
-
-class ShardEntry(FileEntry):
-    """What the manifest says of a shard."""
-
-    tokens: Count
-    documents: Count
+    tokens: Count = 0
+    documents: Count = 0
 
 
 class SplitEntry(BaseModel, strict=True):
@@ -45,7 +40,7 @@ class SplitEntry(BaseModel, strict=True):
     bytes: Count
     tokens: Count
     documents: Count
-    shards: list[ShardEntry]
+    shards: list[FileEntry]
 
 
 class Manifest(BaseModel, strict=True):
@@ -105,9 +100,9 @@ class Split:
         if not 0 <= start <= stop <= self.n_tokens:
             raise IndexError(f"tokens {start}..{stop} of the {self.name} split, which has {self.n_tokens}")
         tokens = np.empty(stop - start, dtype=np.int64)
-        done, number = 0, bisect_right(self.shards, start, key=attrgetter("first")) - 1
+        done, index = 0, bisect_right(self.shards, start, key=attrgetter("first")) - 1
         while done < len(tokens):
-            shard = self.shards[number]
+            shard = self.shards[index]
             offset = start + done - shard.first
             part = shard.tokens[offset : min(stop - shard.first, shard.n_tokens)]
             if (unknown := np.flatnonzero(part >= self.vocab_size)).size:
@@ -116,7 +111,7 @@ class Split:
                     f"has only {self.vocab_size} entries; {way_out(shard.path.parent)}"
                 )
             tokens[done : done + len(part)] = part
-            done, number = done + len(part), number + 1
+            done, index = done + len(part), index + 1
         return tokens
 
     def head(self, n_tokens: int) -> Split:

@@ -22,16 +22,8 @@ from itertools import islice
 from typing import Any
 
 from config import BadInput, Data
-from data.readers import (
-    Mended,
-    dataset_identity,
-    document_kind,
-    files_identity,
-    read_dataset,
-    read_files,
-    stdlib_files,
-    text_files,
-)
+from data import readers
+from data.readers import Mended
 
 FEW_FILES = 100  # below this many files the hash of a document splits too coarsely, and the tail is held out
 
@@ -65,7 +57,7 @@ class Source:
             if text.strip():
                 yield text
             else:
-                self.mended.empty += 1
+                self.mended[readers.EMPTY] += 1
 
     def transformed(self, document: str) -> list[str]:
         """What data.transform makes of one document; empty texts are left out. Raises BadInput if it fails."""
@@ -99,24 +91,24 @@ def open_source(config: Data) -> Source:
         if config.document not in ("auto", "field"):
             raise BadInput(f"data.document={config.document} does not fit a dataset, made of rows; use auto")
         describe = f"dataset {name}, {config.subset + ', ' if config.subset else ''}split {config.source_split}"
-        identity |= dataset_identity(config)
-        read = partial(read_dataset, config)
+        identity |= readers.dataset_identity(config)
+        read = partial(readers.read_dataset, config)
     else:
         if config.corpus == "stdlib":
-            base, files = stdlib_files()
+            base, files = readers.stdlib_files()
             name, describe = "stdlib", f"the standard library of Python {platform.python_version()}"
         else:
-            base, files = text_files(name)
+            base, files = readers.text_files(name)
             describe = f"{name} ({len(files)} file{'s' if len(files) > 1 else ''})"
-        kinds = {document_kind(config, file) for file in files}
-        identity |= {"document": sorted(kinds), **files_identity(base, files)}
+        kinds = {readers.document_kind(config, file) for file in files}
+        identity |= {"document": sorted(kinds), **readers.files_identity(base, files)}
         if "field" in kinds:
             identity["text_field"] = config.text_field
         else:
             n_bytes = identity["bytes"]
         if config.corpus == "text" and kinds == {"file"} and len(files) < FEW_FILES:
             split = "tail"
-        read = partial(read_files, config, files)
+        read = partial(readers.read_files, config, files)
     transform = None
     if config.transform:
         transform, digest = import_transform(config.transform)
@@ -145,9 +137,6 @@ def import_transform(name: str) -> tuple[Callable[[str], Any], str]:
     sys.path.append(added)
     try:
         module = importlib.import_module(module_name)
-        source = inspect.getsource(module)
-    except (OSError, TypeError) as problem:
-        raise BadInput(f"data.transform={name}: {module_name} has no Python source to tell versions apart") from problem
     except Exception as problem:
         raise BadInput(
             f"data.transform={name}: cannot import {module_name} ({type(problem).__name__}: {problem}); "
@@ -155,6 +144,10 @@ def import_transform(name: str) -> tuple[Callable[[str], Any], str]:
         ) from problem
     finally:
         sys.path.remove(added)
+    try:
+        source = inspect.getsource(module)
+    except (OSError, TypeError) as problem:
+        raise BadInput(f"data.transform={name}: {module_name} has no Python source to tell versions apart") from problem
     function = getattr(module, function_name, None)
     if not callable(function):
         raise BadInput(f"data.transform={name}: {module.__file__} has no function {function_name!r}")

@@ -78,12 +78,11 @@ def train_bpe(documents: Iterable[str], vocab_size: int, quiet: bool = True) -> 
 
     def texts() -> Iterator[str]:
         left = BPE_CHARACTERS
-        for document in documents:
-            for piece in pieces(document):
-                yield piece
-                left -= len(piece)
-                if left <= 0:
-                    return
+        for piece in chain.from_iterable(map(pieces, documents)):
+            yield piece
+            left -= len(piece)
+            if left <= 0:
+                return
 
     tokenizer.train_from_iterator(texts(), trainer)
     return plain(tokenizer)
@@ -164,8 +163,7 @@ def plain(tokenizer: Tokenizer) -> Tokenizer:
 def end_of_text(tokenizer: Tokenizer) -> int:
     """The id of the token that ends a text. Raises BadInput if the tokenizer has none that we know."""
     for token in KNOWN_ENDS:
-        found = tokenizer.token_to_id(token)
-        if found is not None:
+        if (found := tokenizer.token_to_id(token)) is not None:
             return int(found)
     raise BadInput(
         f"the tokenizer has no end-of-text token (looked for {', '.join(KNOWN_ENDS)}); "

@@ -97,7 +97,6 @@ def attend(q_BHTC: Tensor, k_BKSC: Tensor, v_BKSC: Tensor, mask: Tensor | None, 
     The fused kernel is used where it is the faster one. On a CPU it is not with dropout, nor in bf16 at contexts of up
     to 512: the weights are formed explicitly then.
     """
-    k_BKSC, v_BKSC = k_BKSC.to(q_BHTC.dtype), v_BKSC.to(q_BHTC.dtype)
     batch, heads, time, width = q_BHTC.shape
     short = q_BHTC.dtype == torch.bfloat16 and 1 < time <= 512
     if q_BHTC.device.type == "cuda" or not (dropout.rate or (q_BHTC.device.type == "cpu" and short)):

@@ -1,6 +1,6 @@
 """Our models as Hugging Face's architectures of the same name, and back.
 
-The weights are the same numbers in another order; they are moved, never computed, so both directions are exact:
+The weights are the same values in another order; they are moved, never computed, so both directions are exact:
 
     gpt2          Conv1D keeps its matrices as (in, out), the transpose of ours
     llama, qwen3  queries, keys and values are three matrices, ours is one with rows q, k, v; gate and up likewise
@@ -70,13 +70,13 @@ def their_names(name: str, family: str) -> list[str]:
     """The name or names that Hugging Face has for a tensor of ours. Raises ValueError for one that MODULES lacks."""
     if name == "output.weight":
         return [OUTPUT]
-    place, (module, _, kind) = PREFIXES[family], name.rpartition(".")
+    prefix, (module, _, kind) = PREFIXES[family], name.rpartition(".")
     if module.startswith("blocks."):
         _, layer, module = module.split(".", 2)
-        place += f"{BLOCKS[family]}.{layer}."
+        prefix += f"{BLOCKS[family]}.{layer}."
     if module not in MODULES[family]:
         raise ValueError(f"the table of model/huggingface.py lacks the model's {name}")
-    return [f"{place}{theirs}.{kind}" for theirs in MODULES[family][module]]
+    return [f"{prefix}{theirs}.{kind}" for theirs in MODULES[family][module]]
 
 
 def to_huggingface(model: GPT) -> dict[str, Tensor]:
@@ -155,13 +155,11 @@ def write_directory(model: GPT, tokenizer_file: Path, directory: Path, end_of_te
     token = Tokenizer.from_file(str(tokenizer_file)).id_to_token(end_of_text)
     tokenizer_config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
-        "bos_token": token,
-        "eos_token": token,
-        "pad_token": token,
+        **dict.fromkeys(("bos_token", "eos_token", "pad_token"), token),
         "model_max_length": model.config.context_length,
         "clean_up_tokenization_spaces": False,  # decoding gives the text back as it was
     }
-    ends = {"bos_token_id": end_of_text, "eos_token_id": end_of_text, "pad_token_id": end_of_text}
+    ends = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), end_of_text)
     directory.mkdir(parents=True, exist_ok=True)
     write_json(directory / "config.json", config_json(model.config, model.vocab_size, end_of_text))
     write_json(directory / "tokenizer_config.json", tokenizer_config)
@@ -236,7 +234,7 @@ def compare_logits(model: GPT, directory: Path) -> float:
     """Largest difference of logits between ``model`` and ``directory`` as transformers loads it.
 
     Both read the same random tokens, in fp32 and evaluation mode, as long as the context (256 at most). The
-    difference is a share of the largest logit, or absolute if none exceeds 1; nan if a logit is no number.
+    difference is a share of the largest logit, or absolute if none exceeds 1; nan if a logit is nan.
     Raises BadInput when transformers finds a weight missing, unexpected or misshapen.
     """
     import transformers

@@ -6,9 +6,11 @@ Order: defaults < YAML files from left to right < flags (the last of a repeated 
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import textwrap
 import types
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
@@ -18,6 +20,8 @@ from pydantic.fields import FieldInfo
 
 from config import BadInput, Config
 from program import FINISHED
+
+COMMAND_LINE = "on the command line"  # the origin of a flag
 
 
 def fields() -> dict[str, FieldInfo]:
@@ -37,57 +41,101 @@ def parse(arguments: list[str], description: str = "") -> Config:
     if {"-h", "--help"} & set(arguments):
         print(help_text(description))
         raise SystemExit(FINISHED)
-    values: dict[str, Any] = {}  # full name -> raw value
-    places: dict[str, str] = {}  # full name -> the file that said it, "" for a flag
-    mistakes: list[str] = []
+    draft = Draft()
     flags: list[tuple[str, str]] = []
     rest = list(arguments)
     while rest:
         word = rest.pop(0)
         if not word.startswith("-"):
-            read_yaml(word, values, places, mistakes)
+            draft.read(word)
         elif not word.startswith("--"):
-            mistakes.append(f"unknown flag {word!r}; flags look like --section.key=value")
+            draft.mistakes.append(f"unknown flag {word!r}; flags look like --section.key=value")
         elif "=" in word:
             key, _, value = word[2:].partition("=")
             flags.append((key, value))
         elif rest and not rest[0].startswith("--"):
             flags.append((word[2:], rest.pop(0)))
         else:
-            mistakes.append(f"{word} needs a value, as in {word}=VALUE")
+            draft.mistakes.append(f"{word} needs a value, as in {word}=VALUE")
     for key, value in flags:
+        draft.put(key, from_text(value, fields()[key]) if key in fields() else value, COMMAND_LINE)
+    return draft.config()
+
+
+@dataclass
+class Draft:
+    """What files and flags say, until all of it is known: ``{"section.key": value}``, who said it, and the mistakes."""
+
+    values: dict[str, Any] = dataclasses.field(default_factory=dict)
+    origins: dict[str, str] = dataclasses.field(default_factory=dict)
+    mistakes: list[str] = dataclasses.field(default_factory=list)
+
+    def copy(self) -> Draft:
+        """One that can be gone on with apart from this one."""
+        return Draft(dict(self.values), dict(self.origins), list(self.mistakes))
+
+    def read(self, path: str) -> None:
+        """Add what a YAML file says."""
+        try:
+            self.put_sections(load_yaml(path, "config file", "configs"), path)
+        except BadInput as problem:
+            self.mistakes.append(str(problem))
+
+    def put_sections(self, content: Any, origin: str) -> None:
+        """Add nested sections, as a YAML file or a study's base holds them."""
+        if content is not None and not isinstance(content, dict):
+            kind = type(content).__name__
+            self.mistakes.append(f"{origin} must hold sections such as 'model:' with keys below them, not a {kind}")
+            return
+        for section, keys in (content or {}).items():
+            if section not in Config.model_fields:
+                self.mistakes.append(unknown_key(str(section), origin))
+            elif keys is not None and not isinstance(keys, dict):
+                self.mistakes.append(f"'{section}' in {origin} must hold keys such as '{section}: {{key: value}}'")
+            else:
+                for key, value in (keys or {}).items():
+                    self.put(f"{section}.{key}", value, origin)
+
+    def put(self, key: str, value: Any, origin: str) -> None:
+        """Add one knob's value."""
         if key not in fields():
-            mistakes.append(unknown_key(key, "on the command line"))
-            continue
-        mistakes += put(key, from_text(value, fields()[key]), "", values, places)
-    return make(values, places, mistakes)
+            self.mistakes.append(unknown_key(key, origin))
+            return
+        if key in ("training.max_steps", "training.max_epochs") and value is not None:
+            # The two exclude each other: the one said last replaces the one of an earlier file.
+            other = "training.max_epochs" if key.endswith("steps") else "training.max_steps"
+            if self.origins.get(other, origin) != origin:
+                self.values[other] = None
+        self.values[key], self.origins[key] = value, origin
+
+    def nested(self) -> dict[str, dict[str, Any]]:
+        """The values by section and key."""
+        nested: dict[str, dict[str, Any]] = {}
+        for name, value in self.values.items():
+            section, _, key = name.partition(".")
+            nested.setdefault(section, {})[key] = value
+        return nested
+
+    def config(self) -> Config:
+        """The config; raises BadInput with all mistakes, each with its origin."""
+        mistakes = list(self.mistakes)
+        try:
+            config = Config.model_validate(self.nested())
+        except ValidationError as problem:
+            errors = problem.errors(include_url=False)
+            keys = [".".join(map(str, error["loc"][:2])) for error in errors]
+            for key, error in zip(keys, errors, strict=True):
+                mistakes.append(describe_error(key, error, self.origins.get(key), alternatives=keys.count(key) > 1))
+        if mistakes:
+            raise BadInput("\n".join(dict.fromkeys(mistakes)))
+        return config
 
 
-def make(values: dict[str, Any], places: dict[str, str], mistakes: list[str] | None = None) -> Config:
-    """A Config from ``{"section.key": value}``; raises BadInput with all mistakes, each with its place."""
-    mistakes = list(mistakes or [])
-    nested: dict[str, dict[str, Any]] = {}
-    for key, value in values.items():
-        section, _, name = key.partition(".")
-        nested.setdefault(section, {})[name] = value
-    try:
-        config = Config.model_validate(nested)
-    except ValidationError as problem:
-        errors = problem.errors(include_url=False)
-        keys = [".".join(map(str, error["loc"][:2])) for error in errors]
-        for key, error in zip(keys, errors, strict=True):
-            mistakes.append(describe_error(key, error, places, alternatives=keys.count(key) > 1))
-    if mistakes:
-        raise BadInput("\n".join(dict.fromkeys(mistakes)))
-    return config
-
-
-def from_mapping(nested: Any, place: str) -> Config:
-    """A Config from nested sections, as a study's base or a run's config.yaml hold them."""
-    values: dict[str, Any] = {}
-    places: dict[str, str] = {}
-    mistakes = put_sections(nested, place, values, places)
-    return make(values, places, mistakes)
+def from_mapping(nested: Any, origin: str) -> Config:
+    """A Config from nested sections, as a run's config.yaml holds them."""
+    draft = Draft()
+    draft.put_sections(nested, origin)
+    return draft.config()
 
 
 class UniqueKeys(yaml.SafeLoader):
@@ -107,70 +155,28 @@ class UniqueKeys(yaml.SafeLoader):
         return node
 
 
-def load_yaml(path: Path | str) -> Any:
+def load_yaml(path: Path | str, what: str, examples: str = "") -> Any:
     """What the YAML file at ``path`` holds.
 
-    Raises OSError, UnicodeDecodeError or yaml.YAMLError if it cannot be read, BadInput for a key that is there twice.
+    Raises BadInput if it cannot be read, calling it ``what`` (such as "config file") and naming the nearest file below
+    the directory ``examples`` if there is none at ``path``.
     """
-    loader = UniqueKeys(Path(path).read_text(encoding="utf-8"))
-    loader.name = str(path)
     try:
-        return loader.get_single_data()
-    finally:
-        loader.dispose()
-
-
-def read_yaml(path: str, values: dict[str, Any], places: dict[str, str], mistakes: list[str]) -> None:
-    """Add what the YAML file at ``path`` says to ``values``, mistakes to ``mistakes``."""
-    try:
-        content = load_yaml(path)
+        loader = UniqueKeys(Path(path).read_text(encoding="utf-8"))
+        loader.name = str(path)
+        try:
+            return loader.get_single_data()
+        finally:
+            loader.dispose()
     except FileNotFoundError:
-        near = difflib.get_close_matches(path, [str(p) for p in Path("configs").glob("*.yaml")], 1, 0.5)
-        mistakes.append(f"there is no config file {path!r}" + (f"; did you mean {near[0]}?" if near else ""))
-        return
+        shipped = [str(file) for file in Path(examples).rglob("*.yaml")] if examples else []
+        near = difflib.get_close_matches(str(path), shipped, 1, 0.5)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise BadInput(f"there is no {what} {str(path)!r}{hint}") from None
     except (OSError, UnicodeDecodeError) as problem:
-        mistakes.append(f"cannot read the config file {path!r}: {problem}")
-        return
+        raise BadInput(f"cannot read the {what} {str(path)!r}: {problem}") from None
     except yaml.YAMLError as problem:
-        mistakes.append(f"{path} is not YAML: {' '.join(str(problem).split())}")
-        return
-    except BadInput as problem:
-        mistakes.append(str(problem))
-        return
-    mistakes += put_sections(content, path, values, places)
-
-
-def put_sections(content: Any, place: str, values: dict[str, Any], places: dict[str, str]) -> list[str]:
-    """Add nested sections to ``values`` and their ``place`` to ``places``; returns the mistakes in them."""
-    if content is None:
-        return []
-    if not isinstance(content, dict):
-        return [f"{place} must hold sections such as 'model:' with keys below them, not a {type(content).__name__}"]
-    mistakes = []
-    for section, keys in content.items():
-        if section not in Config.model_fields:
-            mistakes.append(unknown_key(str(section), f"in {place}"))
-        elif keys is None:
-            continue
-        elif not isinstance(keys, dict):
-            mistakes.append(f"'{section}' in {place} must hold keys such as '{section}: {{key: value}}'")
-        else:
-            for key, value in keys.items():
-                mistakes += put(f"{section}.{key}", value, place, values, places)
-    return mistakes
-
-
-def put(key: str, value: Any, place: str, values: dict[str, Any], places: dict[str, str]) -> list[str]:
-    """Add one knob's value to ``values`` and its ``place`` to ``places``; returns the mistakes."""
-    if key not in fields():
-        return [unknown_key(key, f"in {place}")]
-    if key in ("training.max_steps", "training.max_epochs") and value is not None:
-        # The two exclude each other: the one said last replaces the one of an earlier file.
-        other = "training.max_epochs" if key.endswith("steps") else "training.max_steps"
-        if places.get(other, place) != place:
-            values[other] = None
-    values[key], places[key] = value, place
-    return []
+        raise BadInput(f"{path} is not YAML: {' '.join(str(problem).split())}") from None
 
 
 def from_text(text: str, field: FieldInfo) -> Any:
@@ -186,8 +192,9 @@ def from_text(text: str, field: FieldInfo) -> Any:
     return text
 
 
-def unknown_key(key: str, place: str) -> str:
+def unknown_key(key: str, origin: str) -> str:
     """The message for a key that does not exist, with the nearest that does."""
+    place = origin if origin == COMMAND_LINE else f"in {origin}"
     if key in Config.model_fields:
         return f"'{key}' {place} is a section; give one of its keys, as in --{key}.KEY=VALUE"
     known = list(fields())
@@ -198,7 +205,7 @@ def unknown_key(key: str, place: str) -> str:
     return f"unknown key '{key}' {place}" + (f"; did you mean {near[0]}?" if near else "; see --help for all keys")
 
 
-def describe_error(key: str, error: Any, places: dict[str, str], alternatives: bool) -> str:
+def describe_error(key: str, error: Any, origin: str | None, alternatives: bool) -> str:
     """One line for one pydantic error: the knob, its value, where it was said, what it must be.
 
     ``alternatives``: the value failed each of several types, of which the knob's range names all.
@@ -207,8 +214,7 @@ def describe_error(key: str, error: Any, places: dict[str, str], alternatives: b
     message = message.replace("Input should", "must").replace("String should", "must")
     if key not in fields():  # a condition over several keys of a section names them itself
         return message
-    place = places.get(key, "")
-    said = f" (from {place})" if place else ""
+    said = f" (from {origin})" if origin not in (None, "", COMMAND_LINE) else ""
     value = f"{key} = {error['input']!r}{said}"
     accepted = type_text(fields()[key])
     return f"{value}: must be {accepted}" if alternatives else f"{value}: {message} ({accepted})"

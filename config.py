@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 Rate = Annotated[float, Field(ge=0, lt=1)]
 Count = Annotated[int, Field(ge=1)]
@@ -21,6 +21,11 @@ class BadInput(Exception):
 
 class Failure(Exception):
     """What a run met and could not go on with, no mistake of the user. Exit code 4, no traceback."""
+
+
+def all_errors(problem: ValidationError) -> str:
+    """What pydantic found wrong, all in one line: each place and what is the matter there."""
+    return "; ".join(" ".join([*map(str, error["loc"]), error["msg"]]) for error in problem.errors())
 
 
 class Section(BaseModel):

@@ -97,13 +97,15 @@ def resolve(config: Run, stored: dict[str, Any] | None = None) -> Hardware:
 
 
 def set_up_torch(hardware: Hardware) -> None:
-    """Threads, TF32, deterministic algorithms, and memory that is kept."""
+    """Threads, TF32, vector math, deterministic algorithms, and memory that is kept."""
     if hardware.device.type == "cuda":
         torch.cuda.set_device(hardware.device)
         torch.backends.cuda.matmul.fp32_precision = "tf32"
     torch.set_num_threads(hardware.threads)
+    settle_vector_math()
     # A GPU would add up the gradients of embeddings in whatever order its threads come. Not by
-    # torch.use_deterministic_algorithms, which imports the compiler (a second) also where nothing is compiled.
+    # torch.use_deterministic_algorithms, which imports the compiler (a second); torch.optim does so too, at the first
+    # step, but evaluating and generating need it not.
     torch.set_deterministic_debug_mode("warn")
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     with contextlib.suppress(OSError, AttributeError):  # glibc's alone has mallopt
@@ -111,6 +113,17 @@ def set_up_torch(hardware: Hardware) -> None:
         library = ctypes.CDLL(None)
         library.mallopt(M_MMAP_THRESHOLD, 2**25)  # the most it takes: larger blocks are mapped each time
         library.mallopt(M_TRIM_THRESHOLD, 2**30)
+
+
+def settle_vector_math() -> None:
+    """Make MKL's vector functions, by which torch takes exp, log, sqrt, sin and cos on a CPU, choose their code now.
+
+    They choose it for all of them at the first call, by the kind of processor. MKL 2024, the one in torch's wheels,
+    notes that kind first in one numbering and then in another, without a lock. A second thread whose own first call
+    comes between the two misreads it and computes its half of that one tensor with the code of lowest accuracy: exp
+    to 1e-4 instead of 1e-7, in some processes and not in others. So the first call is made here, by a single thread.
+    """
+    torch.zeros(1).exp()
 
 
 def resolve_compile(

@@ -3,105 +3,97 @@
 from __future__ import annotations
 
 import io
+import math
 import os
 import re
 import uuid
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 TRAIN, VAL, AVERAGE, BEST = "#9aa5b1", "#0b6e99", "#7a5195", "#d1495b"
 
 
-def _axes(width: float, height: float, rows: int = 1) -> tuple[Any, Any]:
-    os.environ.setdefault("MPLBACKEND", "Agg")
+def _panels(width: float, height: float, count: int, columns: int | None = None, **options: Any) -> tuple[Any, Any]:
+    """A figure with ``count`` panels, in one row or in rows of ``columns``; ``options`` are those of subplots."""
+    os.environ["MPLBACKEND"] = "Agg"  # a notebook's own setting may name what these programs do not have
+    import matplotlib
     from matplotlib.figure import Figure
 
+    matplotlib.rcParams["text.parse_math"] = False  # names of files and runs may hold dollar signs
     figure = Figure(figsize=(width, height), dpi=120, layout="constrained")
-    axes = figure.subplots(rows, 1, sharex=True, squeeze=False, height_ratios=[3] + [1] * (rows - 1))[:, 0]
-    for axis in axes:
-        axis.spines[["top", "right"]].set_visible(False)
-        axis.grid(alpha=0.25)
-    return figure, axes
+    columns = columns or count
+    panels = list(figure.subplots(-(-count // columns), columns, squeeze=False, **options).flat)
+    for spare in panels[count:]:
+        spare.set_visible(False)
+    for panel in panels[:count]:
+        panel.spines[["top", "right"]].set_visible(False)
+        panel.grid(alpha=0.25)
+        panel.set_axisbelow(True)
+    return figure, panels[:count]
 
 
 def save(figure: Any, path: Path) -> None:
-    """Write the picture as a PNG in one step, so that a viewer never meets half of it, whoever else writes it too."""
+    """Write the picture as a PNG in one step, so that nobody reads half a file, also when two processes write it."""
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.new")
-    figure.savefig(temporary, format="png")
-    temporary.replace(path)
+    try:
+        figure.savefig(temporary, format="png")
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)  # when the disk was full
 
 
 def column(records: list[dict[str, Any]], name: str) -> tuple[list[float], list[float]]:
-    """Steps and values of one metric, where it was logged."""
-    pairs = [(record["step"], record[name]) for record in records if record.get(name) is not None]
-    return [step for step, _ in pairs], [value for _, value in pairs]
+    """Steps, ascending, and values of one metric where it is a finite number; of several at one step the last."""
+    values = {
+        record["step"]: float(record[name])
+        for record in records
+        if isinstance(record.get(name), (int, float)) and math.isfinite(record[name]) and "step" in record
+    }
+    return sorted(values), [values[step] for step in sorted(values)]
 
 
-def smooth(values: list[float], weight: float) -> list[float]:
-    """Bias-corrected exponential average, for curves of single batches."""
-    average, norm, smoothed = 0.0, 0.0, []
-    for value in values:
-        average, norm = weight * average + (1 - weight) * value, weight * norm + (1 - weight)
-        smoothed.append(average / norm)
-    return smoothed
+def smooth(values: list[float]) -> list[float]:
+    """The mean of each value and its neighbours: four on either side, fewer in short curves and near the ends.
+
+    As many on one side as on the other, so that a straight line stays as it is and a falling curve does not lag.
+    """
+    most = min(4, len(values) // 20)
+    reaches = [min(most, index, len(values) - 1 - index) for index in range(len(values))]
+    return [fmean(values[index - reach : index + reach + 1]) for index, reach in enumerate(reaches)]
 
 
 def curves(records: list[dict[str, Any]], path: Path, title: str, verdict: str = "") -> None:
     """Loss over the run: train (each logged batch, faint, and smoothed), val, the best point; gap below."""
-    figure, (losses, gaps) = _axes(8, 6, rows=2)
+    figure, (losses, gaps) = _panels(8, 6, 2, 1, sharex=True, height_ratios=[3, 1])
     steps, train = column(records, "train/loss")
+    smoothed, judged = smooth(train), None
     if train:
         losses.plot(steps, train, color=TRAIN, alpha=0.35, linewidth=0.8)
-        losses.plot(steps, smooth(train, 0.8), color=TRAIN, linewidth=1.6, label="train (batches, smoothed)")
+        losses.plot(steps, smoothed, color=TRAIN, linewidth=1.6, label="train (batches, smoothed)")
     for name, color, label in (("val/loss", VAL, "val"), ("val_average/loss", AVERAGE, "val, averaged weights")):
         steps, values = column(records, name)
         if values:
             losses.plot(steps, values, "o-", color=color, markersize=3.5, linewidth=1.6, label=label)
-    judged = "val_average/loss" if column(records, "val_average/loss")[1] else "val/loss"
-    steps, values = column(records, judged)
-    if values:
-        best = min(range(len(values)), key=values.__getitem__)
-        losses.plot(steps[best], values[best], "o", color=BEST, markersize=7, zorder=5)
-        losses.annotate(
-            f"best {values[best]:.4f}", (steps[best], values[best]), textcoords="offset points", xytext=(0, -14),
-            ha="right" if best >= len(values) / 2 else "left", va="top", color=BEST,
-        )  # fmt: skip
+            judged = steps, values
+    if judged:
+        steps, values = judged
+        best = values.index(min(values))
+        mark = {"color": BEST, "markersize": 7, "zorder": 5, "label": f"best {values[best]:.4f}"}
+        losses.plot(steps[best], values[best], "o", **mark)
         # The first steps fall from ln V and would flatten everything after them.
-        ceiling = max(values[0], *(smooth(train, 0.8)[len(train) // 10 :] or [0]))
-        floor = min(values + smooth(train, 0.8))
+        ceiling = max(values[0], *(smoothed[len(train) // 10 :] or [0]))
+        floor = min(values + smoothed)
         losses.set_ylim(floor - 0.08 * (ceiling - floor + 1e-3), ceiling + 0.15 * (ceiling - floor + 1e-3))
+    if train or judged:
+        losses.legend(frameon=False)
     losses.set_ylabel("nats per token")
     losses.set_title(title, fontsize=10)
-    if verdict:
-        figure.supxlabel(verdict, fontsize=8)
-    if losses.get_legend_handles_labels()[0]:
-        losses.legend(frameon=False)
-    steps, values = column(records, "gap/loss")
+    figure.supxlabel(verdict, fontsize=8)
     gaps.axhline(0, color="black", linewidth=0.6)
-    gaps.plot(steps, values, "o-", color=BEST, markersize=3, linewidth=1.2)
-    gaps.set_ylabel("gap: val − train")
-    gaps.set_xlabel("step")
+    gaps.plot(*column(records, "gap/loss"), "o-", color=BEST, markersize=3, linewidth=1.2)
+    gaps.set(ylabel="gap: val − train", xlabel="step")
     save(figure, path)
-
-
-def _panels(
-    width: float, height: float, panels: int, columns: int | None = None, sharey: bool = False
-) -> tuple[Any, Any]:
-    """A figure with panels side by side, or in rows of ``columns``, each with a horizontal axis of its own."""
-    os.environ.setdefault("MPLBACKEND", "Agg")
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), dpi=120, layout="constrained")
-    columns = columns or panels
-    rows = -(-panels // columns)
-    axes = list(figure.subplots(rows, columns, squeeze=False, sharey=sharey).flat)
-    for spare in axes[panels:]:
-        spare.set_visible(False)
-    for panel in axes[:panels]:
-        panel.spines[["top", "right"]].set_visible(False)
-        panel.grid(alpha=0.25)
-        panel.set_axisbelow(True)
-    return figure, axes[:panels]
 
 
 def reliability(calibration: Any, path: Path, title: str) -> None:
@@ -109,52 +101,46 @@ def reliability(calibration: Any, path: Path, title: str) -> None:
 
     The coloured pieces reach from a bin's accuracy to its mean confidence: they are the gaps that ECE averages.
     """
-    figure, (diagram, counts) = _axes(5.5, 6, rows=2)
+    import numpy as np
+
+    figure, (diagram, counts) = _panels(5.5, 6, 2, 1, sharex=True, height_ratios=[3, 1])
     bins = len(calibration.tokens)
-    width = 1 / bins
-    filled = [index for index in range(bins) if calibration.tokens[index] > 0]
-    middles = [(index + 0.5) * width for index in filled]
-    accuracy = [calibration.accuracy[index] for index in filled]
-    confidence = [calibration.confidence[index] for index in filled]
-    diagram.bar(middles, accuracy, width * 0.94, color=VAL, alpha=0.85, label="accuracy", zorder=2)
-    signs = ((1, BEST, "too sure"), (-1, AVERAGE, "not sure enough"))
-    for sign, color, label in signs:
-        rows = [row for row in zip(middles, accuracy, confidence, strict=True) if sign * (row[2] - row[1]) > 0]
-        if rows:
-            where, right, sure = zip(*rows, strict=True)
-            heights = [high - low for high, low in zip(sure, right, strict=True)]
-            diagram.bar(where, heights, width * 0.94, bottom=right, color=color, alpha=0.4, label=label, zorder=3)
+    middles, width = (np.arange(bins) + 0.5) / bins, 0.94 / bins
+    accuracy = np.array(calibration.accuracy)
+    gaps = np.array(calibration.confidence) - accuracy
+    diagram.bar(middles, accuracy, width, color=VAL, alpha=0.85, label="accuracy", zorder=2)
+    for side, color, label in ((gaps.clip(min=0), BEST, "too sure"), (gaps.clip(max=0), AVERAGE, "not sure enough")):
+        if side.any():
+            diagram.bar(middles, side, width, bottom=accuracy, color=color, alpha=0.4, label=label, zorder=3)
     diagram.plot([0, 1], [0, 1], "--", color="black", linewidth=0.9, label="calibrated", zorder=4)
     diagram.set(xlim=(0, 1), ylim=(0, 1), ylabel="share that is right")
     diagram.set_title(f"{title}\nECE {calibration.error:.4f} over {sum(calibration.tokens):,.0f} tokens", fontsize=10)
     diagram.legend(frameon=False, loc="upper left")
-    counts.bar(middles, [calibration.tokens[index] for index in filled], width * 0.94, color=TRAIN, zorder=2)
+    counts.bar(middles, calibration.tokens, width, color=TRAIN, zorder=2)
     counts.set(xlabel="confidence: probability of the likeliest token", ylabel="tokens")
     counts.yaxis.set_major_formatter("{x:,.0f}")
     save(figure, path)
 
 
-def uncertainty_histogram(
-    inside: dict[str, Any], outside: dict[str, Any], path: Path, title: str, notes: dict[str, str] | None = None
-) -> None:
+def uncertainty_histogram(pairs: dict[str, tuple[Any, Any]], path: Path, title: str, notes: dict[str, str]) -> None:
     """How the tokens of the corpus and of foreign text lie on each measure of uncertainty, one panel a measure.
 
-    ``inside`` and ``outside`` map the name of a measure to its values by token, in nats; ``notes`` to a word for its
-    panel, such as the AUROC. The horizontal axis ends at the 99.5th percentile; what lies beyond is in the last bar.
+    ``pairs`` maps the name of a measure to its values by token, in nats, for the corpus and for foreign text;
+    ``notes`` to a word for its panel, such as the AUROC. The horizontal axis ends at the 99.5th percentile; what lies
+    beyond is in the last bar.
     """
     import numpy as np
 
-    figure, panels = _panels(4.5 * len(inside), 3.6, len(inside))
-    for panel, name in zip(panels, inside, strict=True):
-        both = np.concatenate([inside[name], outside[name]])
+    figure, panels = _panels(4.5 * len(pairs), 3.6, len(pairs))
+    for panel, (name, pair) in zip(panels, pairs.items(), strict=True):
+        both = np.concatenate(pair)
         edges = np.linspace(min(0.0, float(both.min())), max(float(np.quantile(both, 0.995)), 1e-6), 41)
-        for values, color, label in ((inside[name], VAL, "corpus"), (outside[name], BEST, "foreign text")):
+        for values, color, label in zip(pair, (VAL, BEST), ("corpus", "foreign text"), strict=True):
             shares = np.histogram(np.clip(values, edges[0], edges[-1]), edges)[0] / len(values)
             panel.stairs(shares, edges, fill=True, color=color, alpha=0.35)
             panel.stairs(shares, edges, color=color, linewidth=1.4, label=label)
-        panel.set_xlabel(f"{name}, nats")
-        panel.set_xlim(edges[0], edges[-1])
-        panel.set_title((notes or {}).get(name, ""), fontsize=9)
+        panel.set(xlabel=f"{name}, nats", xlim=(edges[0], edges[-1]))
+        panel.set_title(notes[name], fontsize=9)
         panel.legend(frameon=False)
     panels[0].set_ylabel("share of tokens")
     figure.suptitle(title, fontsize=10)
@@ -190,22 +176,22 @@ def svg(figure: Any) -> str:
 
 
 def _label(name: str, most: int = 38) -> str:
-    """A name that leaves room for the picture; without the dollar signs that matplotlib would typeset."""
-    return (name if len(name) <= most else f"{name[: most - 1]}…").replace("$", r"\$")
+    """A name that leaves room for the picture."""
+    return name if len(name) <= most else f"{name[: most - 1]}…"
 
 
 def _rows(panels: Any, names: list[str], narrow: bool) -> None:
     """Names along the vertical axis, first on top; on a phone they stand above their rows instead."""
-    for place, panel in enumerate(panels):
+    for panel in panels:
         panel.set_ylim(len(names) - 0.4, -0.9 if narrow else -0.6)
         panel.grid(axis="y", visible=False)
         panel.spines["left"].set_visible(False)
         panel.tick_params(axis="y", length=0)
-        panel.set_yticks(range(len(names)), ["" if narrow or place else _label(name) for name in names])
-        if narrow:
-            for row, name in enumerate(names):
-                where = {"xycoords": panel.get_yaxis_transform(), "textcoords": "offset points", "va": "bottom"}
-                panel.annotate(_label(name, 44), (0, row), xytext=(0, 3), fontsize=8, **where)
+        named = panel is panels[0] and not narrow
+        panel.set_yticks(range(len(names)), [_label(name) if named else "" for name in names])
+        for row, name in enumerate(names if narrow else []):
+            where = {"xycoords": panel.get_yaxis_transform(), "textcoords": "offset points", "va": "bottom"}
+            panel.annotate(_label(name, 44), (0, row), xytext=(0, 3), fontsize=8, **where)
 
 
 def ranking(rows: list[dict[str, Any]], unit: str, narrow: bool = False) -> Any:
@@ -216,17 +202,17 @@ def ranking(rows: list[dict[str, Any]], unit: str, narrow: bool = False) -> Any:
     height = 0.9 + len(rows) * (0.42 if narrow else 0.3)
     figure, (panel,) = _panels(3.7 if narrow else 7.4, height, 1)
     panel.axvline(0, color="black", linewidth=0.9)
-    for place, row in enumerate(rows):
+    for number, row in enumerate(rows):
         color = {True: GOOD, False: BEST, None: FAINT}[row["better"]]
         if row["low"] is not None:
-            panel.plot([row["low"], row["high"]], [place, place], color=color, linewidth=2.2, solid_capstyle="round")
+            panel.plot([row["low"], row["high"]], [number, number], color=color, linewidth=2.2, solid_capstyle="round")
         marker = "D" if row["role"] == "winner" else "o"
-        hollow = {"markerfacecolor": "none"} if row["role"] == "uneven" else {}
-        panel.plot(row["difference"], place, marker, color=color, markersize=7, **hollow)
+        filling = "none" if row["role"] == "uneven" else color
+        panel.plot(row["difference"], number, marker, color=color, markersize=7, markerfacecolor=filling)
     sure = [value for row in rows if row["role"] != "uneven" for value in (row["low"], row["high"], row["difference"])]
     inside = [value for value in sure if value is not None] + [0.0]
     pad = 0.06 * (max(inside) - min(inside) + 1e-9)
-    panel.set_xlim(min(inside) - pad, max(inside) + pad)  # a point that diverged must not flatten the others
+    panel.set_xlim(min(inside) - pad, max(inside) + pad)  # a run that diverged must not flatten the others
     panel.locator_params(axis="x", nbins=4 if narrow else 7)
     _rows([panel], [row["label"] for row in rows], narrow)
     panel.set_xlabel(f"difference to the baseline, {unit}")
@@ -240,51 +226,46 @@ def study_curves(points: list[dict[str, Any]], unit: str, narrow: bool = False) 
     ``train``, one (steps, values) for each seed.
     """
     figure, panels = _panels(3.7 if narrow else 7.4, 5.8 if narrow else 3.9, 2, 1 if narrow else 2, sharey=True)
-    few = iter(BEST_FEW)
-    ceilings, floors = [], []
-    for point in sorted(points, key=lambda point: ["rest", "worst", "baseline", "best"].index(point["role"])):
-        styles = {"rest": (FAINT, 0.8, "-"), "worst": (BEST, 1.5, ":"), "baseline": ("black", 1.8, "--")}
-        color, width, dashes = styles.get(point["role"]) or (next(few, FAINT), 1.8, "-")
+    styles = {"rest": (FAINT, 0.8, "-"), "worst": (BEST, 1.5, ":"), "baseline": ("black", 1.8, "--")}
+    few, ceilings, floors = iter(BEST_FEW), [], []
+    named = [point["label"] for point in points if point["role"] != "rest"]
+    for point in sorted(points, key=lambda point: [*styles, "best"].index(point["role"])):
+        role = point["role"]
+        color, width, dashes = styles.get(role) or (next(few, FAINT), 1.8, "-")
         for panel, part in zip(panels, ("val", "train"), strict=True):
-            steps, low, middle, high = _over_seeds(point[part])
-            if not steps:
-                continue
-            rest = point["role"] == "rest"
-            panel.plot(steps, middle, dashes, color=color, linewidth=width, alpha=0.35 if rest else 1)
-            if not rest:
-                shade = 0.0 if point["role"] == "worst" else 0.15
-                panel.fill_between(steps, low, high, color=color, alpha=shade, linewidth=0)
-                late = [value for step, value in zip(steps, middle, strict=True) if step >= steps[-1] / 2]
-                ceilings.append(max(late) if point["role"] != "worst" else 0.0)
+            steps, low, mean, high = _over_seeds(point[part])
+            label = _label(point["label"]) if role != "rest" and part == "val" else None
+            alpha = 0.35 if role == "rest" else 1
+            panel.plot(steps, mean, dashes, color=color, linewidth=width, alpha=alpha, label=label)
+            if steps and role != "rest":
                 floors.append(min(low))
-        if point["role"] != "rest":
-            panels[0].plot([], [], dashes, color=color, linewidth=width, label=_label(point["label"]))
-    if any(point["role"] == "rest" for point in points):
+            if steps and role in ("baseline", "best"):
+                panel.fill_between(steps, low, high, color=color, alpha=0.15, linewidth=0)
+                ceilings.append(max(value for step, value in zip(steps, mean, strict=True) if step >= steps[-1] / 2))
+    if len(named) < len(points):
         panels[0].plot([], [], color=FAINT, alpha=0.5, linewidth=0.8, label="the other points")
-    if floors and max(ceilings) > min(floors):  # the steep beginning would flatten what matters
-        height = max(ceilings) - min(floors)
+    height = max(ceilings, default=0.0) - min(floors, default=0.0)
+    if height > 0:  # the steep beginning would flatten what matters
         panels[0].set_ylim(min(floors) - 0.08 * height, max(ceilings) + 0.6 * height)
     for panel, title in zip(panels, ("validation", "training text, in evaluation mode"), strict=True):
         panel.set_title(title, fontsize=10, loc="left")
         panel.locator_params(axis="x", nbins=5)
-    panels[-1].set_xlabel("step")
-    panels[0].set_xlabel("" if narrow else "step")
+        panel.set_xlabel("step" if panel is panels[-1] or not narrow else "")
     panels[0].set_ylabel(unit)
-    longest = max((len(point["label"]) for point in points if point["role"] != "rest"), default=0)
-    columns = 1 if narrow else 3 if longest < 24 else 2
+    columns = 1 if narrow else 3 if max(map(len, named), default=0) < 24 else 2
     figure.legend(loc="outside upper left", ncols=columns, frameon=False, fontsize=8.5)
     return figure
 
 
 def _over_seeds(runs: list[tuple[list[float], list[float]]]) -> tuple[list[float], ...]:
-    """Steps, and lowest, mean and highest value over the runs that have the step."""
+    """Steps that half of the runs have, and the lowest, mean and highest value there."""
     by_step: dict[float, list[float]] = {}
     for steps, values in runs:
         for step, value in zip(steps, values, strict=True):
             by_step.setdefault(step, []).append(value)
-    steps = sorted(step for step in by_step if len(by_step[step]) >= max(1, len(runs) // 2))
+    steps = sorted(step for step, values in by_step.items() if len(values) >= len(runs) // 2)
     seeds = [by_step[step] for step in steps]
-    return steps, list(map(min, seeds)), [sum(held) / len(held) for held in seeds], list(map(max, seeds))
+    return steps, list(map(min, seeds)), list(map(fmean, seeds)), list(map(max, seeds))
 
 
 def dots(
@@ -297,13 +278,13 @@ def dots(
     height = (0.9 + len(names) * 0.36) * len(panels) if narrow else 0.9 + len(names) * 0.26
     figure, axes = _panels(3.7 if narrow else 7.4, height, len(panels), 1 if narrow else None)
     for axis, (title, rows) in zip(axes, panels.items(), strict=True):
-        for place, values in enumerate(rows):
-            color = "black" if place == baseline else VAL
-            axis.plot(values, [place] * len(values), "o", color=color, markersize=4, alpha=0.3)
+        for number, values in enumerate(rows):
+            color = "black" if number == baseline else VAL
+            axis.plot(values, [number] * len(values), "o", color=color, markersize=4, alpha=0.3)
             if values:
-                axis.plot(sum(values) / len(values), place, "o", color=color, markersize=6)
-        if baseline is not None and rows[baseline]:
-            axis.axvline(sum(rows[baseline]) / len(rows[baseline]), color="black", linewidth=0.8, linestyle="--")
+                axis.plot(fmean(values), number, "o", color=color, markersize=6)
+            if values and number == baseline:
+                axis.axvline(fmean(values), color="black", linewidth=0.8, linestyle="--")
         axis.set_title(title, fontsize=10, loc="left")
         axis.locator_params(axis="x", nbins=4)
     _rows(axes, names, narrow)
@@ -355,19 +336,21 @@ def dose_response(knobs: dict[str, list[dict[str, Any]]], unit: str, narrow: boo
     figure, panels = _panels(*size, len(knobs), columns, sharey=True)
     for panel, (knob, doses) in zip(panels, knobs.items(), strict=True):
         doses = sorted(doses, key=lambda dose: dose["value"])
-        spaced = len(doses) <= 8  # few doses stand at equal distances: 0, 0.1, 1, 3 fit no scale
-        places = list(range(len(doses))) if spaced else [dose["value"] for dose in doses]
+        spaced = (
+            len(doses) <= 8
+        )  # a few values stand at equal distances: 0, 0.1, 1, 3 suit neither a linear nor a log axis
+        across = list(range(len(doses))) if spaced else [dose["value"] for dose in doses]
         panel.axhline(0, color="black", linewidth=0.9)
-        panel.plot(places, [dose["difference"] for dose in doses], color=VAL, linewidth=1.4)
-        for place, dose in zip(places, doses, strict=True):
+        panel.plot(across, [dose["difference"] for dose in doses], color=VAL, linewidth=1.4)
+        for x, dose in zip(across, doses, strict=True):
             if dose["low"] is not None:
-                panel.plot([place, place], [dose["low"], dose["high"]], color=VAL, linewidth=2, alpha=0.6)
-            color = "black" if dose["baseline"] else VAL
-            panel.plot(place, dose["difference"], "o", color=color, markersize=6)
+                panel.plot([x, x], [dose["low"], dose["high"]], color=VAL, linewidth=2, alpha=0.6)
+            panel.plot(x, dose["difference"], "o", color="black" if dose["baseline"] else VAL, markersize=6)
         if spaced:
-            panel.set_xticks(places, [f"{dose['value']:g}" for dose in doses])
-        elif places[0] > 0 and places[-1] > 20 * places[0]:
+            panel.set_xticks(across, [f"{dose['value']:g}" for dose in doses])
+        elif across[0] > 0 and across[-1] > 20 * across[0]:
             panel.set_xscale("log")
+            panel.xaxis.set_major_formatter("{x:g}")
         panel.set_xlabel(knob)
     figure.supylabel(f"difference to the baseline, {unit}", fontsize=9)
     return figure

@@ -90,7 +90,7 @@ def run(main: Callable[[list[str]], int | None]) -> None:
         signal.signal(number, signal.default_int_handler)
     if "TORCHELASTIC_RUN_ID" in os.environ:  # when torchrun is killed its processes end with it
         end_with_parent(signal.SIGKILL)
-    code = exit_code(main)
+    code = exit_code(main, sys.argv[1:])
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)  # the exit code is decided; a signal that comes late changes nothing
     sys.stdout.flush()
@@ -102,10 +102,10 @@ def run(main: Callable[[list[str]], int | None]) -> None:
     raise SystemExit(code)
 
 
-def exit_code(main: Callable[[list[str]], int | None]) -> int:
+def exit_code(main: Callable[[list[str]], int | None], arguments: list[str]) -> int:
     """What ``main`` returns; what it raises is told, and becomes the exit code of its kind."""
     try:
-        return main(sys.argv[1:]) or FINISHED
+        return main(arguments) or FINISHED
     except BadInput as mistake:
         tell_error(*str(mistake).splitlines())
         return BAD_INPUT

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from benchmarks.timing import ratio, spread
+from benchmarks.timing import ROOT, ratio, spread, told
 from config import Regularizers
 from regularizers.objective import objective
 
@@ -48,10 +48,11 @@ def once(name: str) -> dict[str, float]:
     hidden_ND = torch.randn(TOKENS, WIDTH, generator=generator).requires_grad_()
     weight_VD = (0.05 * torch.randn(VOCABULARY, WIDTH, generator=generator)).requires_grad_()
     targets_N = torch.randint(VOCABULARY, (TOKENS,), generator=generator)
-    (hidden_ND[:64] @ weight_VD[:64].T).sum().backward()  # so that the product's own buffers and gradients are there
+    first = (hidden_ND[:64] @ weight_VD[:64].T).sum()
+    torch.autograd.backward(first)  # so that the product's own buffers and the gradients are there
     before, started = memory("VmRSS"), time.perf_counter()
     value = FORMS[name](hidden_ND, weight_VD, targets_N)
-    value.backward()
+    torch.autograd.backward(value)
     return {"value": value.item(), "seconds": time.perf_counter() - started, "bytes": memory("VmHWM") - before}
 
 
@@ -66,9 +67,8 @@ def measure(rounds: int = 3) -> dict[str, Any]:
     results: dict[str, Any] = {name: {"value": [], "seconds": [], "bytes": []} for name in FORMS}
     for _ in range(rounds):
         for name, held in results.items():
-            command = [sys.executable, "-m", "benchmarks.losses", name]
-            said = subprocess.run(command, cwd=Path(__file__).parent.parent, check=True, capture_output=True, text=True)
-            for what, value in json.loads(said.stdout).items():
+            said = subprocess.check_output([sys.executable, "-m", "benchmarks.losses", name], cwd=ROOT)
+            for what, value in json.loads(said).items():
                 held[what].append(value)
     return results
 
@@ -83,11 +83,8 @@ def table(results: dict[str, Any]) -> list[str]:
         f"  {ratio(mine['seconds'], alone['seconds'])[0]:5.2f}   time of ours / of plain cross-entropy alone",
     ]
     for name, held in results.items():
-        middle, low, high = spread(held["seconds"])
-        extra = spread(held["bytes"])[0] / 1e6
-        lines.append(
-            f"  {middle:6.2f} s ({low:.2f} to {high:.2f})  +{extra:7,.0f} MB  {name:<28} {held['value'][0]:.5f}"
-        )
+        extra = f"+{spread(held['bytes'])[0] / 1e6:7,.0f} MB  {name:<28} {held['value'][0]:.5f}"
+        lines.append(f"  {told(spread(held['seconds']), ' s')}  {extra}")
     return lines
 
 

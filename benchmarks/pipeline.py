@@ -9,38 +9,39 @@ import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks.timing import spread
+from benchmarks.timing import ROOT, seconds_of, spread, told
 from config import Data
 from data.loader import TrainingLoader
 from data.prepare import prepare
 from data.shards import Corpus
 
-ROOT = Path(__file__).parent.parent
 BATCHES = 500
+WORDS = {
+    "prepare byte": "MB of text prepared a second, bytes as tokens",
+    "prepare bpe": "MB of text prepared a second, BPE of 4,096 trained and applied",
+    "load": "million tokens loaded a second, batches of 8x256",
+    "first step": "seconds from the command to the first step of a prepared run",
+    "help": "seconds of --help",
+}
 
 
 def measure(rounds: int = 3) -> dict[str, Any]:
-    """Bytes prepared a second for each tokenizer, tokens a second from the loader, and seconds to the first step."""
-    results: dict[str, list[float]] = {f"prepare {kind}": [] for kind in ("byte", "bpe")}
-    results |= {"load": [], "first step": [], "help": []}
+    """Megabytes prepared a second for each tokenizer, million tokens a second from the loader, and seconds."""
+    results: dict[str, list[float]] = {name: [] for name in WORDS}
     with tempfile.TemporaryDirectory() as scratch:
         for number in range(rounds):
             for kind in ("byte", "bpe"):
                 data = Data.model_validate({"tokenizer": kind, "max_documents": 200, "vocab_size": 4096})
                 started = time.perf_counter()
-                directory = prepare(data, f"{scratch}/corpora{number}", quiet=True)
-                corpus = Corpus.open(directory)
+                corpus = Corpus.open(prepare(data, f"{scratch}/corpora{number}", quiet=True))
+                seconds = time.perf_counter() - started
                 size = sum(split["bytes"] for split in corpus.manifest["splits"].values())
-                results[f"prepare {kind}"].append(size / (time.perf_counter() - started))
+                results[f"prepare {kind}"].append(1e-6 * size / seconds)
             loader = TrainingLoader(corpus.split("train"), data, 0, 256, 8)
-            started = time.perf_counter()
-            for step in range(BATCHES):
-                loader.batch(step)
-            results["load"].append(BATCHES * 8 * 256 / (time.perf_counter() - started))
+            seconds = sum(seconds_of(loader.batch, step) for step in range(BATCHES))
+            results["load"].append(1e-6 * BATCHES * 8 * 256 / seconds)
             results["first step"].append(seconds_to_first_step(Path(scratch), number))
-            started = time.perf_counter()
-            subprocess.run([sys.executable, "train.py", "--help"], cwd=ROOT, check=True, capture_output=True)
-            results["help"].append(time.perf_counter() - started)
+            results["help"].append(seconds_of(subprocess.check_output, [sys.executable, ROOT / "train.py", "--help"]))
     return results
 
 
@@ -61,16 +62,4 @@ def seconds_to_first_step(scratch: Path, number: int) -> float:
 
 def table(results: dict[str, Any]) -> list[str]:
     """The results as lines to print."""
-    units = {
-        "prepare byte": (1e-6, "MB of text prepared a second, bytes as tokens"),
-        "prepare bpe": (1e-6, "MB of text prepared a second, BPE of 4,096 trained and applied"),
-        "load": (1e-6, "million tokens loaded a second, batches of 8x256"),
-        "first step": (1, "seconds from the command to the first step of a prepared run"),
-        "help": (1, "seconds of --help"),
-    }
-    lines = []
-    for name, values in results.items():
-        scale, words = units[name]
-        middle, low, high = spread(values)
-        lines.append(f"  {scale * middle:8.2f} ({scale * low:.2f} to {scale * high:.2f})  {words}")
-    return lines
+    return [f"  {told(spread(values))}  {WORDS[name]}" for name, values in results.items()]

@@ -2,19 +2,13 @@
 
 from __future__ import annotations
 
-import shutil
-import subprocess
-import sys
-import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
 from benchmarks.opponents import Shape
-from benchmarks.timing import ratio, spread
-from config import Failure
+from benchmarks.timing import ratio, seconds_of, spread, told, trained
 from program import cores
 from tracking.metrics import read_metrics
 
@@ -41,52 +35,31 @@ def launches(cores: int) -> dict[str, tuple[int, int, str]]:
 def measure(rounds: int = 3) -> dict[str, Any]:
     """Milliseconds of a step for each shape and launch [rounds], and of a checkpoint; two micro-batches a step."""
     results: dict[str, Any] = {}
-    with tempfile.TemporaryDirectory() as scratch:
-        for title, (shape, steps) in SHAPES.items():
-            times: dict[str, list[float]] = {name: [] for name in launches(cores())}
-            saves: list[float] = []
-            turns = [(name, *launch) for _ in range(rounds) for name, launch in launches(cores()).items()]
-            for name, world, threads, sums in tqdm(turns, disable=None, leave=False, desc=title):
-                run = run_once(Path(scratch), shape, steps, world, threads, sums)
-                records = read_metrics(run)[UNCOUNTED:]
-                times[name].append(
-                    spread([1000 * shape.tokens / record["train/tokens_per_second"] for record in records])[0]
-                )
+    for title, (shape, steps) in SHAPES.items():
+        times: dict[str, list[float]] = {name: [] for name in launches(cores())}
+        saves: list[float] = []
+        for name in tqdm([*times] * rounds, disable=None, leave=False, desc=title):
+            processes, threads, sums = launches(cores())[name]
+            words = [*flags(shape, steps), f"--run.threads={threads}", f"--training.deterministic={sums}"]
+            with trained(*words, processes=processes) as run:
+                speeds = [record["train/tokens_per_second"] for record in read_metrics(run)[UNCOUNTED:]]
+                times[name].append(1000 * shape.tokens / spread(speeds)[0])
                 if name == REFERENCE:
                     saves.append(1000 * seconds_to_save(run))
-                shutil.rmtree(run)
-            results[title] = {"step_ms": times, "checkpoint_ms": saves}
+        results[title] = {"step_ms": times, "checkpoint_ms": saves}
     return results
 
 
-def run_once(directory: Path, shape: Shape, steps: int, world: int, threads: int, sums: str) -> Path:
-    """Train in a process of its own, or under torchrun; the run directory. Raises Failure with what it said."""
-    words = {
-        "run.dir": directory / "runs",
-        "run.name": "timed",
-        "run.threads": threads,
-        "data.tokenizer": "byte",
-        "data.max_documents": 100,
-        "model.n_layers": shape.n_layers,
-        "model.d_model": shape.d_model,
-        "model.n_heads": shape.n_heads,
-        "model.context_length": shape.context,
-        "training.global_batch_size": shape.batch,
-        "training.micro_batch_size": shape.batch // 2,
-        "training.max_steps": steps,
-        "training.deterministic": sums,
-        "evaluation.every": steps,
-        "evaluation.max_tokens": shape.context,
-        "evaluation.sample_tokens": 0,
-        "tracking.wandb": "disabled",
-        "tracking.log_every": 1,
-    }
-    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world}"] if world > 1 else []
-    command = [sys.executable, *torchrun, "train.py", *(f"--{key}={value}" for key, value in words.items())]
-    ended = subprocess.run(command, cwd=Path(__file__).parent.parent, capture_output=True, text=True)
-    if ended.returncode:
-        raise Failure(f"{' '.join(command)} ended with {ended.returncode}:\n{ended.stderr[-2000:]}")
-    return directory / "runs/timed"
+def flags(shape: Shape, steps: int) -> list[str]:
+    """The words of a run of this shape on bytes, in two micro-batches a step, evaluated once and hardly."""
+    return f"""
+        --data.tokenizer=byte --data.max_documents=100
+        --model.n_layers={shape.n_layers} --model.d_model={shape.d_model}
+        --model.n_heads={shape.n_heads} --model.context_length={shape.context}
+        --training.global_batch_size={shape.batch} --training.micro_batch_size={shape.batch // 2}
+        --training.max_steps={steps} --evaluation.every={steps}
+        --evaluation.max_tokens={shape.context} --evaluation.sample_tokens=0
+    """.split()
 
 
 def seconds_to_save(run: Path) -> float:
@@ -96,21 +69,17 @@ def seconds_to_save(run: Path) -> float:
     newest = existing(run / "checkpoints")[0]
     tensors = {name: read_tensors(newest, name) for name in ("model", "optimizer")}
     state = read_state(newest)
-    started = time.perf_counter()
-    save(run / "again", tensors, state)
-    return time.perf_counter() - started
+    return seconds_of(save, run / "again", tensors, state)
 
 
 def table(results: dict[str, Any]) -> list[str]:
     """The results as lines to print, ratios first."""
     lines = []
     for shape, result in results.items():
-        reference = result["step_ms"][REFERENCE]
+        reference, saves = result["step_ms"][REFERENCE], spread(result["checkpoint_ms"])
         lines.append(f"{shape}, two micro-batches a step")
         for name, times in result["step_ms"].items():
-            more, (milliseconds, low, high) = ratio(times, reference)[0], spread(times)
-            lines.append(f"  {more:5.2f}  {name:<28} {milliseconds:8.1f} ms a step ({low:.1f} to {high:.1f})")
-        milliseconds, low, high = spread(result["checkpoint_ms"])
-        steps = milliseconds / spread(reference)[0]
-        lines.append(f"  {steps:5.2f}  {'a checkpoint, in steps':<28} {milliseconds:8.1f} ms ({low:.1f} to {high:.1f})")
+            lines.append(f"  {ratio(times, reference)[0]:5.2f}  {name:<28} {told(spread(times), ' ms a step', 1)}")
+        steps = saves[0] / spread(reference)[0]
+        lines.append(f"  {steps:5.2f}  {'a checkpoint, in steps':<28} {told(saves, ' ms', 1)}")
     return lines

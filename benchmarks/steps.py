@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from importlib.util import find_spec
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from benchmarks.opponents import PlainGPT2, Shape, hugging_face, stepper
+from benchmarks.opponents import PlainGPT2, Shape, hugging_face, plain_adamw, stepper
 from benchmarks.ours import DROPOUT, everything_on, our_step
-from benchmarks.timing import in_turn, ratio, spread
+from benchmarks.timing import in_turn, ratio, seconds_of, spread, told
 from hardware import has_fast_bf16, missing_for_compile, operations_per_token
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -21,6 +22,7 @@ PRODUCT = 2048
 if DEVICE.type == "cuda":
     SHAPES = {"GPT-2 124M": (Shape(12, 768, 12, 1024, 12, 50257), 1), "6x384": (LARGE, 10)}
     PRODUCT = 8192
+KINDS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 Step = Callable[[Tensor, Tensor], Any]
 
 
@@ -38,31 +40,19 @@ def steps_of(shape: Shape) -> dict[str, Step]:
         for what, values in knobs.items():
             name = f"ours {fast}, {what}" + (", compiled" if compile == "on" else "")
             steps[name] = our_step(shape, fast, values, compile)
+    has_transformers = find_spec("transformers") is not None
+    if not has_transformers:
+        print("transformers is not installed, so Hugging Face's GPT-2 is left out (pip install transformers)")
     for precision in ("fp32", "bf16"):
         for dropout in (0.0, 0.2):
             plain = PlainGPT2(shape, dropout).to(DEVICE)
-            steps[f"plain GPT-2 {precision}, dropout {dropout:g}"] = stepper(plain, plain, precision == "bf16")
-    try:
-        import transformers  # noqa: F401
-    except ImportError:
-        return steps
-    for precision in ("fp32", "bf16"):
-        theirs = hugging_face(shape, 0.2).to(DEVICE)
-        steps[f"Hugging Face {precision}, dropout 0.2"] = stepper(
-            hugging_face_loss(theirs), theirs, precision == "bf16"
-        )
+            name = f"plain GPT-2 {precision}, dropout {dropout:g}"
+            steps[name] = stepper(plain, plain_adamw(plain), precision == "bf16")
+        if has_transformers:
+            loss_of, theirs = hugging_face(shape, 0.2, DEVICE)
+            name = f"Hugging Face {precision}, dropout 0.2"
+            steps[name] = stepper(loss_of, plain_adamw(theirs), precision == "bf16")
     return steps
-
-
-def hugging_face_loss(model: Any) -> Step:
-    """The loss on targets that are shifted already, as their Trainer's shift would have it."""
-    return lambda tokens_BT, targets_BT: model(input_ids=tokens_BT, labels=targets_BT, shift_labels=targets_BT).loss
-
-
-def flops(shape: Shape) -> float:
-    """Floating-point operations of a step's products, without those of biases, gains and positions."""
-    parameters = 12 * shape.n_layers * shape.d_model**2 + shape.vocab_size * shape.d_model
-    return shape.tokens * operations_per_token(parameters, shape.n_layers, shape.d_model, shape.context)
 
 
 def product(dtype: torch.dtype) -> Callable[[], object]:
@@ -90,22 +80,22 @@ def gpu_memory(work: Callable[[], object]) -> int:
 def measure(rounds: int = 8) -> dict[str, Any]:
     """Seconds of each step [rounds], for both shapes; of matrix products too."""
     results: dict[str, Any] = {}
-    for name, (shape, times) in SHAPES.items():
+    for title, (shape, times) in SHAPES.items():
         generator = torch.Generator().manual_seed(0)
         tokens_BT = torch.randint(shape.vocab_size, (shape.batch, shape.context), generator=generator).to(DEVICE)
-        works = {what: partial(repeat, step, tokens_BT, tokens_BT, times) for what, step in steps_of(shape).items()}
-        products = {"product fp32": product(torch.float32), "product bf16": product(torch.bfloat16)}
-        torch.compiler.reset()  # what was compiled for the other shape would have this one's sizes made variables
-        first = in_turn({what: works[what] for what in works if "compiled" in what}, rounds=1, warmup=0)
+        works = {name: partial(repeat, step, tokens_BT, tokens_BT, times) for name, step in steps_of(shape).items()}
+        products = {f"product {kind}": product(dtype) for kind, dtype in KINDS.items()}
+        torch.compiler.reset()  # otherwise this shape, the second it sees, would be compiled with dynamic sizes
+        first = {name: seconds_of(works[name]) for name in works if "compiled" in name}
         seconds = in_turn(works | products, rounds)
-        results[name] = {
-            "seconds": {
-                what: [one / (times if what in works else 1) for one in all_] for what, all_ in seconds.items()
-            },
-            "first": {what: seconds for what, (seconds,) in first.items()},
-            "memory": {what: gpu_memory(work) for what, work in works.items()} if DEVICE.type == "cuda" else {},
+        parameters = 12 * shape.n_layers * shape.d_model**2 + shape.vocab_size * shape.d_model  # of matrices
+        results[title] = {
+            "seconds": {name: [one / times for one in seconds[name]] for name in works},
+            "products": {kind: seconds[f"product {kind}"] for kind in KINDS},
+            "first": first,
+            "memory": {name: gpu_memory(work) for name, work in works.items()} if DEVICE.type == "cuda" else {},
             "tokens": shape.tokens,
-            "flops": flops(shape),
+            "flops": shape.tokens * operations_per_token(parameters, shape.n_layers, shape.d_model, shape.context),
         }
     return results
 
@@ -113,30 +103,20 @@ def measure(rounds: int = 8) -> dict[str, Any]:
 def table(results: dict[str, Any]) -> list[str]:
     """The results as lines to print, ratios first."""
     lines = []
-    for name, result in results.items():
+    for title, result in results.items():
         seconds = result["seconds"]
-        ours = [what for what in seconds if what.startswith("ours")]
-        fastest = min((what for what in ours if "nothing on" in what), key=lambda what: spread(seconds[what])[0])
-        dropped = [what for what in ours if "dropout 0.2" in what]
-        others = [what for what in seconds if "dropout 0.2" in what and what not in ours]
-        lines.append(f"{name}: how many times faster ours is with dropout 0.2, then what regularization costs us")
-        pairs = [(other, mine) for mine in dropped for other in others]
-        pairs += [(what, fastest) for what in ours if "nothing on" not in what]
-        pairs.append(("plain GPT-2 fp32, dropout 0.2", "plain GPT-2 fp32, dropout 0"))
-        for above, below in pairs:
-            middle, low, high = ratio(seconds[above], seconds[below])
-            lines.append(f"  {middle:5.2f} ({low:.2f} to {high:.2f})  {above} / {below}")
-        rates = {kind: 2 * PRODUCT**3 / spread(seconds[f"product {kind}"])[0] for kind in ("fp32", "bf16")}
-        for what, times in seconds.items():
-            if what.startswith("product"):
-                continue
-            middle, low, high = spread(times)
-            done = result["flops"] / middle
-            share = done / rates["bf16" if "bf16" in what else "fp32"]
+        lines.append(f"{title}: how many times faster ours is with dropout 0.2, then what regularization costs us")
+        lines += [
+            f"  {told(ratio(seconds[above], seconds[below]))}  {above} / {below}" for above, below in pairs(seconds)
+        ]
+        rates = {kind: 2 * PRODUCT**3 / spread(times)[0] for kind, times in result["products"].items()}
+        for name, times in seconds.items():
+            middle = spread(times)[0]
+            share = result["flops"] / middle / rates["bf16" if "bf16" in name else "fp32"]
+            memory = f", {result['memory'][name] / 1e6:,.0f} MB" if result["memory"] else ""
             lines.append(
-                f"  {1000 * middle:7.1f} ms ({1000 * low:.1f} to {1000 * high:.1f})  {what:<51} "
-                f"{result['tokens'] / middle:7,.0f} tokens/s, {share:4.0%} of a matrix product's rate"
-                + (f", {result['memory'][what] / 1e6:,.0f} MB" if result["memory"] else "")
+                f"  {told(spread([1000 * one for one in times]), ' ms', 1)}  {name:<51} "
+                f"{result['tokens'] / middle:7,.0f} tokens/s, {share:4.0%} of a matrix product's rate{memory}"
             )
         if not any(what.startswith("Hugging Face") for what in seconds):
             lines.append(
@@ -145,7 +125,16 @@ def table(results: dict[str, Any]) -> list[str]:
         if result["first"]:
             low, high = min(result["first"].values()), max(result["first"].values())
             lines.append(f"  {low:.0f} to {high:.0f} s for the first compiled steps")
-        lines += [
-            f"  {rate / 1e9:7.0f} GFLOP/s  a {PRODUCT} x {PRODUCT} product in {kind}" for kind, rate in rates.items()
-        ]
+        for kind, rate in rates.items():
+            lines.append(f"  {rate / 1e9:7.0f} GFLOP/s  a {PRODUCT} x {PRODUCT} product in {kind}")
     return lines
+
+
+def pairs(seconds: dict[str, list[float]]) -> list[tuple[str, str]]:
+    """The steps whose ratio is told: others to ours with dropout, what ours adds to our fastest, what dropout costs."""
+    ours = [name for name in seconds if name.startswith("ours")]
+    others = [name for name in seconds if "dropout 0.2" in name and name not in ours]
+    fastest = min((name for name in ours if "nothing on" in name), key=lambda name: spread(seconds[name])[0])
+    found = [(other, mine) for mine in ours if "dropout 0.2" in mine for other in others]
+    found += [(mine, fastest) for mine in ours if "nothing on" not in mine]
+    return [*found, ("plain GPT-2 fp32, dropout 0.2", "plain GPT-2 fp32, dropout 0")]

@@ -25,8 +25,9 @@ Shapes: B sequences, T tokens.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -65,13 +66,33 @@ class Batch:
 
 
 @dataclass(frozen=True)
+class Shuffled:
+    """A split with its documents in another order."""
+
+    split: Split
+    order: np.ndarray  # [n_documents]: which document of the split comes first, second, ...
+    document_starts: np.ndarray  # [n_documents]: where each of them begins now
+    document_ends: np.ndarray  # [n_documents]: and where it ends
+
+    def read(self, begin: int, end: int) -> np.ndarray:
+        """Tokens begin..end of the new stream, int64."""
+        parts = []
+        index = int(np.searchsorted(self.document_starts, begin, side="right")) - 1
+        while begin < end:
+            stop = min(int(self.document_ends[index]), end)
+            shift = int(self.split.document_starts[self.order[index]] - self.document_starts[index])
+            parts.append(self.split.read(begin + shift, stop + shift))
+            begin, index = stop, index + 1
+        return np.concatenate(parts)
+
+
+@dataclass(frozen=True)
 class Epoch:
-    """One pass: where its windows begin, in which order they come, and the order of documents (or None)."""
+    """One pass: where its windows begin, in which order they come, and the stream of which they are windows."""
 
     offset: int
     order: np.ndarray  # [windows_per_epoch]
-    documents: np.ndarray | None  # [n_documents]
-    starts: np.ndarray  # [n_documents], of the documents in this epoch's stream
+    stream: Split | Shuffled
 
 
 class TrainingLoader:
@@ -81,7 +102,7 @@ class TrainingLoader:
     """
 
     def __init__(self, split: Split, config: Data, seed: int, context_length: int, global_batch_size: int) -> None:
-        self.split = split.head(config.train_tokens) if config.train_tokens else split
+        self.split = split.head(config.train_tokens or split.n_tokens)
         self.shuffle_documents = config.shuffle == "documents"
         self.isolate_documents = config.isolate_documents
         self.seed = seed
@@ -96,62 +117,45 @@ class TrainingLoader:
             )
         self.windows_per_epoch = max(1, (n - 1) // context_length - 1)
         self.steps_per_epoch = self.windows_per_epoch / global_batch_size
-        self._epochs: dict[int, Epoch] = {}
+        self._epoch = lru_cache(maxsize=2)(self._draw_epoch)
 
     def epoch_at(self, step: int) -> float:
         """Passes over the data that are complete before ``step``."""
         return step / self.steps_per_epoch
 
     def batch(self, step: int, first: int = 0, count: int | None = None) -> Batch:
-        """Sequences first..first + count of the global batch of ``step`` (all of them by default)."""
+        """Sequences first..first + count of the global batch of ``step`` (all of them by default).
+
+        Raises IndexError for sequences that the step does not have, BadInput for a token outside the vocabulary.
+        """
         count = self.global_batch_size - first if count is None else count
         if step < 0 or first < 0 or count < 1 or first + count > self.global_batch_size:
             raise IndexError(f"sequences {first}..{first + count} of step {step}: a step has {self.global_batch_size}")
-        windows, starts, ids = [], [], []
+        windows, ids = [], []
         for sample in range(step * self.global_batch_size + first, step * self.global_batch_size + first + count):
-            number, index = divmod(sample, self.windows_per_epoch)
-            epoch = self._epoch(number)
+            epoch_number, index = divmod(sample, self.windows_per_epoch)
+            epoch = self._epoch(epoch_number)
             window = int(epoch.order[index])
-            begin = epoch.offset + window * self.context_length
-            end = begin + self.context_length + 1
-            windows.append(self._read(epoch, begin, end))
-            starts.append(starts_within(epoch.starts, begin, end - 1))
-            ids.append(number * self.windows_per_epoch + window)
-        return make_batch(windows, starts if self.isolate_documents else None, ids)
+            windows.append((epoch.stream, epoch.offset + window * self.context_length))
+            ids.append(epoch_number * self.windows_per_epoch + window)
+        return make_batch(windows, self.context_length, ids, self.isolate_documents)
 
     def batches(self, steps: Iterable[int], micro_batches: Iterable[int], size: int, device: torch.device) -> Batches:
-        """The micro-batches of these numbers, of ``size`` sequences, of one step after the other, on ``device``."""
-        return Batches(self.batch(step, number * size, size).to(device) for step in steps for number in micro_batches)
+        """Of one step after the other these micro-batches, of ``size`` sequences each, on ``device``."""
+        return Batches(self.batch(step, index * size, size).to(device) for step in steps for index in micro_batches)
 
-    def _epoch(self, number: int) -> Epoch:
-        if number not in self._epochs:
-            while len(self._epochs) >= 2:
-                del self._epochs[next(iter(self._epochs))]
-            slack = self.split.n_tokens - 1 - self.windows_per_epoch * self.context_length
-            offsets = min(self.context_length, slack + 1)
-            offset = int(numpy_generator(self.seed, "data offset", number).integers(offsets))
-            order = numpy_generator(self.seed, "data order", number).permutation(self.windows_per_epoch)
-            documents, starts = None, self.split.document_starts
-            if self.shuffle_documents:
-                documents = numpy_generator(self.seed, "document order", number).permutation(self.split.n_documents)
-                lengths = np.diff(starts, append=self.split.n_tokens)[documents]
-                starts = np.cumsum(lengths) - lengths
-            self._epochs[number] = Epoch(offset, order, documents, starts)
-        return self._epochs[number]
-
-    def _read(self, epoch: Epoch, begin: int, end: int) -> np.ndarray:
-        """Tokens begin..end of the epoch's stream."""
-        if epoch.documents is None:
-            return self.split.read(begin, end)
-        parts = []
-        place = int(np.searchsorted(epoch.starts, begin, side="right")) - 1
-        while begin < end:
-            stop = int(epoch.starts[place + 1]) if place + 1 < len(epoch.starts) else self.split.n_tokens
-            stop = min(stop, end)
-            shift = int(self.split.document_starts[epoch.documents[place]] - epoch.starts[place])
-            parts.append(self.split.read(begin + shift, stop + shift))
-            begin, place = stop, place + 1
-        return np.concatenate(parts)
+    def _draw_epoch(self, number: int) -> Epoch:
+        split = self.split
+        slack = split.n_tokens - 1 - self.windows_per_epoch * self.context_length
+        offsets = min(self.context_length, slack + 1)
+        offset = int(numpy_generator(self.seed, "data offset", number).integers(offsets))
+        order = numpy_generator(self.seed, "data order", number).permutation(self.windows_per_epoch)
+        if not self.shuffle_documents:
+            return Epoch(offset, order, split)
+        documents = numpy_generator(self.seed, "document order", number).permutation(split.n_documents)
+        lengths = np.diff(split.document_starts, append=split.n_tokens)[documents]
+        ends = np.cumsum(lengths)
+        return Epoch(offset, order, Shuffled(split, documents, ends - lengths, ends))
 
 
 class Batches:
@@ -175,49 +179,43 @@ class Batches:
 
 
 class EvaluationBatches:
-    """Every token of a split but the first as a target once; see ``evaluation_batches``."""
+    """The batches of ``split`` (its first ``max_tokens`` tokens): each token but the first is a target once.
 
-    def __init__(self, split: Split, context_length: int, batch_size: int, isolate_documents: bool) -> None:
-        if split.n_tokens < 2:
-            raise BadInput(f"the {split.name} split has {split.n_tokens} tokens, two are needed; give more text")
-        self.split, self.context_length, self.batch_size = split, context_length, batch_size
+    The last, shorter window is a batch of its own. Raises BadInput for fewer than two tokens.
+    """
+
+    def __init__(
+        self,
+        split: Split,
+        context_length: int,
+        batch_size: int,
+        max_tokens: int | None = None,
+        isolate_documents: bool = False,
+    ) -> None:
+        self.split = split.head(max_tokens or split.n_tokens)
+        if self.split.n_tokens < 2:
+            raise BadInput(f"the {split.name} split has {self.split.n_tokens} tokens, two are needed; give more text")
+        self.context_length, self.batch_size = context_length, batch_size
         self.isolate_documents = isolate_documents
-        self.n_targets = split.n_tokens - 1
+        self.n_targets = self.split.n_tokens - 1
         self.full_windows, self.rest = divmod(self.n_targets, context_length)
 
     def __len__(self) -> int:
         return -(-self.full_windows // self.batch_size) + (self.rest > 0)
 
     def batch(self, index: int) -> Batch:
-        """Batch number ``index``; only the last can have fewer sequences, or one shorter sequence."""
+        """Batch number ``index``; only the last can have fewer sequences, or one shorter sequence.
+
+        Raises IndexError for a batch that there is not, BadInput for a token outside the vocabulary.
+        """
         if not 0 <= index < len(self):
             raise IndexError(f"batch {index} of {len(self)}")
         first = index * self.batch_size
-        last = min(first + self.batch_size, self.full_windows)
-        if first >= self.full_windows:  # the shorter window at the end
-            first, last = self.full_windows, self.full_windows + 1
-        windows, starts = [], []
-        for window in range(first, last):
-            begin = window * self.context_length
-            end = min(begin + self.context_length + 1, self.split.n_tokens)
-            windows.append(self.split.read(begin, end))
-            starts.append(starts_within(self.split.document_starts, begin, end - 1))
-        return make_batch(windows, starts if self.isolate_documents else None, list(range(first, last)))
-
-
-def evaluation_batches(
-    split: Split,
-    context_length: int,
-    batch_size: int,
-    max_tokens: int | None = None,
-    isolate_documents: bool = False,
-) -> EvaluationBatches:
-    """The batches of ``split`` (its first ``max_tokens`` tokens): ``len()``, ``.batch(i)``, ``.n_targets``.
-
-    Each token but the first is a target once. The last, shorter window is a batch of its own. Needs 2 tokens.
-    """
-    split = split if max_tokens is None else split.head(max_tokens)
-    return EvaluationBatches(split, context_length, batch_size, isolate_documents)
+        ids, length = list(range(first, min(first + self.batch_size, self.full_windows))), self.context_length
+        if not ids:
+            ids, length = [self.full_windows], self.rest
+        windows = [(self.split, window * self.context_length) for window in ids]
+        return make_batch(windows, length, ids, self.isolate_documents)
 
 
 def fingerprint(first_sample: int, sample_ids_B: np.ndarray) -> int:
@@ -226,35 +224,27 @@ def fingerprint(first_sample: int, sample_ids_B: np.ndarray) -> int:
     The sum of the numbers of all parts stands for all samples of a run, however they were shared out into
     micro-batches and processes. (The mixing is SplitMix64's, Steele 2014.)
     """
-    place = np.arange(first_sample, first_sample + len(sample_ids_B), dtype=np.uint64)
-    mixed = place * np.uint64(0x9E3779B97F4A7C15) + sample_ids_B.astype(np.uint64) * np.uint64(0xD1342543DE82EF95)
+    position = np.arange(first_sample, first_sample + len(sample_ids_B), dtype=np.uint64)
+    mixed = position * np.uint64(0x9E3779B97F4A7C15) + sample_ids_B.astype(np.uint64) * np.uint64(0xD1342543DE82EF95)
     for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
         mixed = (mixed ^ (mixed >> np.uint64(shift))) * np.uint64(factor)
-    return sum((mixed ^ (mixed >> np.uint64(31))).tolist()) % 2**62
+    return int(sum((mixed ^ (mixed >> np.uint64(31))).tolist()) % 2**62)
 
 
-def starts_within(starts: np.ndarray, begin: int, end: int) -> np.ndarray:
-    """Which of the ascending ``starts`` lie in begin..end, counted from ``begin``."""
-    first, last = np.searchsorted(starts, (begin, end))
-    return starts[first:last] - begin
-
-
-def make_batch(windows: list[np.ndarray], starts: list[np.ndarray] | None, ids: list[int]) -> Batch:
-    """A Batch from windows of equal length and, if documents are isolated, the document starts in each."""
-    window_BT = torch.from_numpy(np.stack(windows))
+def make_batch(
+    windows: Sequence[tuple[Split | Shuffled, int]], length: int, ids: list[int], isolate_documents: bool
+) -> Batch:
+    """A Batch of sequences of ``length`` tokens: for each the stream, where its window begins, and its sample id."""
+    window_BT = torch.from_numpy(np.stack([stream.read(begin, begin + length + 1) for stream, begin in windows]))
     positions_BT = documents_BT = None
-    if starts is not None:
-        is_start_BT = np.zeros((len(windows), window_BT.shape[1] - 1), dtype=np.int64)
-        for row, places in zip(is_start_BT, starts, strict=True):
-            row[places] = 1
-        is_start_BT[:, 0] = 0  # the first document shown is number 0, whether it begins here or was cut
-        index_T = np.arange(is_start_BT.shape[1])
+    if isolate_documents:
+        is_start_BT = np.zeros((len(windows), length), dtype=np.int64)
+        for row, (stream, begin) in zip(is_start_BT, windows, strict=True):
+            # The first document shown is number 0, whether it begins here or was cut.
+            first, last = np.searchsorted(stream.document_starts, (begin + 1, begin + length))
+            row[stream.document_starts[first:last] - begin] = 1
+        index_T = np.arange(length)
         positions_BT = torch.from_numpy(index_T - np.maximum.accumulate(is_start_BT * index_T, axis=1))
         documents_BT = torch.from_numpy(np.cumsum(is_start_BT, axis=1))
-    return Batch(
-        tokens_BT=window_BT[:, :-1].contiguous(),
-        targets_BT=window_BT[:, 1:].contiguous(),
-        positions_BT=positions_BT,
-        documents_BT=documents_BT,
-        sample_ids_B=np.array(ids, dtype=np.int64),
-    )
+    tokens_BT, targets_BT = window_BT[:, :-1].contiguous(), window_BT[:, 1:].contiguous()
+    return Batch(tokens_BT, targets_BT, positions_BT, documents_BT, np.array(ids, dtype=np.int64))

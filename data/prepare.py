@@ -15,18 +15,21 @@ import hashlib
 import json
 import shutil
 from array import array
-from collections import deque
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
+from functools import partial
+from itertools import pairwise, tee
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import numpy as np
+from safetensors.numpy import save_file
 from tokenizers import Tokenizer
-from tqdm import tqdm  # type: ignore[import-untyped]
+from tqdm import tqdm
 
 import files
 from config import BadInput, Data
+from data.readers import HELD_OUT
 from data.sources import Source, open_source
 from data.tokenizers import (
     byte_tokenizer,
@@ -42,6 +45,8 @@ FORMAT = 1  # raise it when the same input would give other bytes
 TRANSFORM_FORMAT = 2  # the same for text with a data.transform
 SPLITS = ("train", "val", "test")
 SHARD_TOKENS = 50_000_000
+
+progress_bar = partial(tqdm, unit="B", unit_scale=True, leave=False)
 
 
 def prepare(config: Data, root: Path | str = "corpora", quiet: bool = False, shard_tokens: int = SHARD_TOKENS) -> Path:
@@ -65,22 +70,22 @@ def prepare(config: Data, root: Path | str = "corpora", quiet: bool = False, sha
         return directory
     try:
         directory.parent.mkdir(parents=True, exist_ok=True)
-        with locked(directory, quiet):
+        with lock(directory, quiet):
             if directory.is_dir():
                 return directory
             sweep(directory.parent)
-            partial = partial_of(directory)
-            shutil.rmtree(partial, ignore_errors=True)  # the lock is ours, so whoever made it is dead
+            unfinished = directory.with_name(f".{directory.name}.partial")
+            shutil.rmtree(unfinished, ignore_errors=True)  # the lock is ours, so whoever made it is dead
             try:
-                partial.mkdir()
-                summary = write_corpus(partial, source, config, {"fingerprint": fingerprint, **identity}, quiet)
+                unfinished.mkdir()
+                summary = write_corpus(unfinished, source, config, {"fingerprint": fingerprint, **identity}, quiet)
                 if open_source(config).identity != source.identity:
                     raise BadInput(f"{source.describe} changed while it was read; start again")
-                files.sync(partial)
-                partial.rename(directory)
+                files.sync(unfinished)
+                unfinished.rename(directory)
                 files.sync(directory.parent)
             finally:
-                shutil.rmtree(partial, ignore_errors=True)
+                shutil.rmtree(unfinished, ignore_errors=True)
     except OSError as problem:
         raise BadInput(
             f"cannot write the corpus {directory}: {problem.strerror or problem}; "
@@ -93,45 +98,37 @@ def prepare(config: Data, root: Path | str = "corpora", quiet: bool = False, sha
 
 def write_corpus(directory: Path, source: Source, config: Data, identity: dict[str, Any], quiet: bool) -> str:
     """Read, split, tokenize and write everything into ``directory``; returns a summary of a few lines."""
-    check_transform(source)
-    boundaries = tail_boundaries(source, config) if source.split == "tail" else None
-    owners = held_out_texts(source, config) if source.transform and source.split == "documents" else {}
-    tokenizer = make_tokenizer(source, config, boundaries, owners, quiet)
-    tokenizer.save(str(directory / "tokenizer.json"))
+    splits = Splits(source, config)
+    tokenizer = make_tokenizer(splits, config, quiet)
+    tokenizer_file = directory / "tokenizer.json"
+    tokenizer.save(str(tokenizer_file))
     vocab_size, end = vocabulary_size(tokenizer), end_of_text(tokenizer)
     dtype = np.dtype(np.uint16 if vocab_size <= 2**16 else np.uint32)
     names = SPLITS if config.test_fraction > 0 else SPLITS[:2]
     writers = {name: SplitWriter(directory, name, dtype, end, int(identity["shard_tokens"])) for name in names}
-
-    waiting: deque[tuple[str, int]] = deque()  # split and bytes of the documents that are being encoded
-
-    def texts() -> Iterator[str]:
-        for name, text in split_texts(source, config, boundaries, owners):
-            waiting.append((name, len(text.encode())))
-            yield text
-
-    with progress("tokenizing", source, quiet) as bar:
-        for tokens in encode_documents(tokenizer, texts()):
-            name, n_bytes = waiting.popleft()
+    named_texts, texts = tee(splits.texts())
+    encoded = encode_documents(tokenizer, (text for _, text in texts))
+    with progress_bar(desc="tokenizing", total=source.n_bytes, disable=quiet or None) as bar:
+        for (name, text), tokens in zip(named_texts, encoded, strict=True):
+            n_bytes = len(text.encode())
             writers[name].add(tokens, n_bytes)
             bar.update(n_bytes)
-    for name, writer in writers.items():
-        writer.close()
-        if not writer.documents:
-            raise empty_split(name, source, sum(other.documents for other in writers.values()))
+    entries = {name: writer.finish() for name, writer in writers.items()}
+    for name, entry in entries.items():
+        if not entry["documents"]:
+            raise empty_split(name, source, sum(other["documents"] for other in entries.values()))
     manifest = {
         **identity,
         "name": source.name,
         "describe": source.describe,
         "replaced": source.mended.summary(),
-        "tokenizer": {**identity["tokenizer"], **entry_of(directory / "tokenizer.json")},
+        "tokenizer": {**identity["tokenizer"], "file": tokenizer_file.name, **files.entry_of(tokenizer_file)},
         "vocab_size": vocab_size,
         "end_of_text": end,
         "dtype": {2: "U16", 4: "U32"}[dtype.itemsize],
-        "splits": {name: writer.entry() for name, writer in writers.items()},
+        "splits": entries,
     }
-    with open(directory / "manifest.json", "w", encoding="utf-8") as handle:
-        json.dump(manifest, handle, indent=1)
+    (directory / "manifest.json").write_text(json.dumps(manifest, indent=1), encoding="utf-8")
     for file in directory.iterdir():
         files.sync(file)
     return describe(manifest)
@@ -149,18 +146,16 @@ def describe(manifest: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def make_tokenizer(
-    source: Source, config: Data, boundaries: list[int] | None, owners: dict[int, str], quiet: bool
-) -> Tokenizer:
+def make_tokenizer(splits: Splits, config: Data, quiet: bool) -> Tokenizer:
     """The tokenizer that the config names; bpe is trained on the training split alone."""
     if config.tokenizer == "byte":
         return byte_tokenizer()
     if config.tokenizer != "bpe":
         return load_tokenizer(config.tokenizer)
-    with progress("training the tokenizer", source, quiet) as bar:
+    with progress_bar(desc="training the tokenizer", total=splits.source.n_bytes, disable=quiet or None) as bar:
 
         def texts() -> Iterator[str]:
-            for name, text in split_texts(source, config, boundaries, owners):
+            for name, text in splits.texts():
                 bar.update(len(text))
                 if name == "train":
                     yield text
@@ -171,66 +166,66 @@ def make_tokenizer(
 # ---------------------------------------------------------------------------------------------- splits
 
 
-def split_texts(
-    source: Source, config: Data, boundaries: list[int] | None, owners: dict[int, str]
-) -> Iterator[tuple[str, str]]:
-    """Every text, as the transform gives it, with the name of its split, in the source's order.
+class Splits:
+    """The texts of a source with the split to which each belongs.
 
-    The source is split first and each part transformed by itself, so all that is made of one part stays in its split.
-    ``boundaries`` are those of ``tail_boundaries``, or None to split by documents. Then ``owners`` are those of
-    ``held_out_texts``: a text that is also one of another split, held out before this one, is left out and counted.
+    The source is split before the transform, and each part is transformed by itself: all that is made of one part
+    stays in its split. But two documents of different splits may become the same text, and one may become the other.
+    Such a text belongs to test before val before train; it is left out of the other splits, and counted.
     """
-    for name, part in split_source(source, config, boundaries):
-        for text in source.transformed(part):
-            if not owners or owners.get(hash_of(text), name) == name:
-                yield name, text
-            else:
-                source.mended.held_out += 1
 
+    def __init__(self, source: Source, config: Data) -> None:
+        self.source, self.config = source, config
+        self.ends: list[int] | None = None  # of train, val and test, in characters, if the tail is held out
+        self.owners: dict[int, str] = {}  # hashes of texts, and the only split that may have each
+        self._check_transform()
+        if source.split == "tail":
+            n, test, held_out = sum(map(len, source.documents())), config.test_fraction, config.val_fraction
+            self.ends = [round(n * (1 - held_out - test)), round(n * (1 - test)), n]
+        elif source.transform:
+            for name, document in self._parts():
+                if name != "train":
+                    # About 100 bytes for each text, before and after the transform.
+                    for text in (document, *source.transformed(document)):
+                        if self.owners.get(hash_of(text)) != "test":
+                            self.owners[hash_of(text)] = name
 
-def split_source(source: Source, config: Data, boundaries: list[int] | None) -> Iterator[tuple[str, str]]:
-    """Every document before its transform, with the name of its split; a boundary that falls into one cuts it."""
-    position = 0
-    for document in source.documents():
-        if boundaries is None:
-            yield split_of(document, config.val_fraction, config.test_fraction), document
-            continue
-        for name, start, stop in zip(SPLITS, [0, *boundaries], boundaries, strict=False):
-            part = document[max(0, start - position) : max(0, stop - position)]
-            if part:
-                yield name, part
-        position += len(document)
-    if boundaries is not None and position != boundaries[-1]:
-        raise BadInput(
-            f"{source.describe} gave {boundaries[-1]:,} characters at first and {position:,} the second time; "
-            "is it being written to?"
-        )
+    def texts(self) -> Iterator[tuple[str, str]]:
+        """The name of its split and every text, as the transform gives it, in the source's order."""
+        for name, part in self._parts():
+            for text in self.source.transformed(part):
+                if not self.owners or self.owners.get(hash_of(text), name) == name:
+                    yield name, text
+                else:
+                    self.source.mended[HELD_OUT] += 1
 
+    def _parts(self) -> Iterator[tuple[str, str]]:
+        """The name of its split and every document before its transform; a document across two splits is cut."""
+        position = 0
+        for document in self.source.documents():
+            if self.ends is None:
+                yield split_of(document, self.config.val_fraction, self.config.test_fraction), document
+                continue
+            for name, (start, stop) in zip(SPLITS, pairwise([0, *self.ends]), strict=True):
+                part = document[max(0, start - position) : max(0, stop - position)]
+                if part:
+                    yield name, part
+            position += len(document)
+        if self.ends and position != self.ends[-1]:
+            raise BadInput(
+                f"{self.source.describe} gave {self.ends[-1]:,} characters at first and {position:,} the second time; "
+                "is it being written to?"
+            )
 
-def held_out_texts(source: Source, config: Data) -> dict[int, str]:
-    """The hash of every text of the held-out documents, before and after the transform, with the split that owns it.
-
-    Two documents that differ, in different splits, may become the same text, and one may become the other. Such a text
-    belongs to test before val before train. Holds about 100 bytes for each text.
-    """
-    owners: dict[int, str] = {}
-    for name, document in split_source(source, config, None):
-        if name != "train":
-            for text in (document, *source.transformed(document)):
-                if owners.get(hash_of(text)) != "test":
-                    owners[hash_of(text)] = name
-    return owners
-
-
-def check_transform(source: Source) -> None:
-    """The transform gives the same for the first document twice; raises BadInput if not."""
-    first = next(source.documents(), None) if source.transform else None
-    if first is not None and source.transformed(first) != source.transformed(first):
-        name = source.identity["transform"]["name"]
-        raise BadInput(
-            f"data.transform {name} gave two results for the document that begins {first[:60]!r}; "
-            "the same text must always give the same: give a random one a seed made of the text"
-        )
+    def _check_transform(self) -> None:
+        """Raises BadInput if the transform does not give the same for the first document twice."""
+        source = self.source
+        first = next(source.documents(), None) if source.transform else None
+        if first is not None and source.transformed(first) != source.transformed(first):
+            raise BadInput(
+                f"data.transform {self.config.transform} gave two results for the document that begins {first[:60]!r}; "
+                "the same text must always give the same: give a random one a seed made of the text"
+            )
 
 
 def hash_of(text: str) -> int:
@@ -244,12 +239,6 @@ def split_of(document: str, val_fraction: float, test_fraction: float) -> str:
     if fraction < test_fraction:
         return "test"
     return "val" if fraction < test_fraction + val_fraction else "train"
-
-
-def tail_boundaries(source: Source, config: Data) -> list[int]:
-    """Where train, val and test end if the end of the text is held out: three counts of characters."""
-    n = sum(map(len, source.documents()))
-    return [round(n * (1 - config.val_fraction - config.test_fraction)), round(n * (1 - config.test_fraction)), n]
 
 
 def empty_split(name: str, source: Source, documents: int) -> BadInput:
@@ -273,81 +262,51 @@ class SplitWriter:
     def __init__(self, directory: Path, name: str, dtype: np.dtype, end_of_text: int, capacity: int) -> None:
         self.directory, self.name, self.end_of_text = directory, name, end_of_text
         self.buffer = np.empty(capacity, dtype)  # the system gives memory only for what is written to
-        self.filled = 0
+        self.filled = self.bytes = 0
         self.starts = array("q")
         self.shards: list[dict[str, Any]] = []
-        self.documents = self.tokens = self.bytes = 0
 
     def add(self, tokens: np.ndarray, n_bytes: int) -> None:
         """Append one document, its end-of-text token before it; it may go on in the next shard."""
-        if self.filled == len(self.buffer):
-            self.flush()
-        self.starts.append(self.filled)
-        for part in (np.array([self.end_of_text]), tokens):
-            while len(part):
-                if self.filled == len(self.buffer):
-                    self.flush()
-                fits = part[: len(self.buffer) - self.filled]
-                self.buffer[self.filled : self.filled + len(fits)] = fits
-                self.filled += len(fits)
-                part = part[len(fits) :]
-        self.documents += 1
-        self.tokens += 1 + len(tokens)
         self.bytes += n_bytes
+        self.starts.append(self.filled)
+        rest = np.insert(tokens, 0, self.end_of_text)
+        while len(rest):
+            fits, rest = np.split(rest, [len(self.buffer) - self.filled])
+            self.buffer[self.filled : self.filled + len(fits)] = fits
+            self.filled += len(fits)
+            if self.filled == len(self.buffer):
+                self._write_shard()
 
-    def flush(self) -> None:
-        """Write the shard that is in memory."""
-        from safetensors.numpy import save_file
+    def finish(self) -> dict[str, Any]:
+        """Write what is left; returns what the manifest says of this split."""
+        if self.filled:
+            self._write_shard()
+        counts = {key: sum(shard[key] for shard in self.shards) for key in ("tokens", "documents")}
+        return {"bytes": self.bytes, **counts, "shards": self.shards}
 
+    def _write_shard(self) -> None:
         file = self.directory / f"{self.name}-{len(self.shards):05d}.safetensors"
         starts = np.array(self.starts, dtype=np.int64)
         save_file({"tokens": self.buffer[: self.filled], "document_starts": starts}, file)
-        self.shards.append({**entry_of(file), "tokens": self.filled, "documents": len(starts)})
+        counts = {"tokens": self.filled, "documents": len(starts)}
+        self.shards.append({"file": file.name, **files.entry_of(file), **counts})
         self.filled, self.starts = 0, array("q")
 
-    def close(self) -> None:
-        """Write what is left."""
-        if self.filled:
-            self.flush()
 
-    def entry(self) -> dict[str, Any]:
-        """What the manifest says of this split."""
-        return {"bytes": self.bytes, "tokens": self.tokens, "documents": self.documents, "shards": self.shards}
-
-
-def entry_of(file: Path) -> dict[str, Any]:
-    """Name, size and sha256 of a file, for the manifest."""
-    return {"file": file.name, **files.entry_of(file)}
-
-
-def progress(title: str, source: Source, quiet: bool) -> tqdm:
-    """A bar over the bytes of the source, on a terminal only."""
-    return tqdm(
-        total=source.n_bytes, desc=title, unit="B", unit_scale=True, leave=False, disable=True if quiet else None
-    )
-
-
-def partial_of(directory: Path) -> Path:
-    """Where a corpus lives until it is complete."""
-    return directory.with_name(f".{directory.name}.partial")
-
-
-@contextmanager
-def locked(directory: Path, quiet: bool = True) -> Iterator[None]:
-    """Hold the lock of one corpus; the system frees it when the process dies. Its small file stays."""
+def lock(directory: Path, quiet: bool) -> TextIO:
+    """Hold the lock of one corpus until what is returned is closed. Its small file stays."""
     path = directory.with_name(f".{directory.name}.lock")
     try:
-        file = files.lock(path)
+        return files.lock(path)
     except BlockingIOError:
         if not quiet:
             print(f"another process is preparing {directory}; waiting for it", flush=True)
-        file = files.lock(path, wait=True)
-    with file:
-        yield
+        return files.lock(path, wait=True)
 
 
 def sweep(root: Path) -> None:
     """Remove what killed preparations left in ``root``: partial directories whose lock nobody holds."""
-    for partial in root.glob(".*.partial"):
-        with suppress(BlockingIOError), files.lock(partial.with_suffix(".lock")):
-            shutil.rmtree(partial, ignore_errors=True)
+    for unfinished in root.glob(".*.partial"):
+        with suppress(BlockingIOError), files.lock(unfinished.with_suffix(".lock")):
+            shutil.rmtree(unfinished, ignore_errors=True)

@@ -13,8 +13,9 @@ import os
 import re
 import sys
 import sysconfig
+from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -25,53 +26,43 @@ JSON_LINES = (".jsonl", ".ndjson")
 NOT_STDLIB_TEXT = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__", "lib2to3"}
 LARGEST_SHARE_REPLACED = 0.1  # a file with more invalid bytes than this is no text
 
+# What is done to the text on the way, in the words that tell of it.
+INVALID = "invalid bytes became U+FFFD"
+CRLF = "CRLF became LF"
+MARKS = "byte-order marks dropped"
+EMPTY = "empty documents left out"
+HELD_OUT = "transformed texts left out that a held-out split has"
 
-@dataclass
-class Mended:
-    """Counts of what was changed in the text while it was read the last time."""
 
-    invalid: int = 0
-    crlf: int = 0
-    marks: int = 0
-    empty: int = 0
-    held_out: int = 0
-
-    def reset(self) -> None:
-        """Start counting anew."""
-        for field in fields(self):
-            setattr(self, field.name, 0)
+class Mended(Counter[str]):
+    """How often each of these was done while the text was read the last time."""
 
     def summary(self) -> str:
         """One line, or "nothing"."""
-        counts = [
-            (self.invalid, "invalid bytes became U+FFFD"),
-            (self.crlf, "CRLF became LF"),
-            (self.marks, "byte-order marks dropped"),
-            (self.empty, "empty documents left out"),
-            (self.held_out, "transformed texts left out that a held-out split has"),
-        ]
-        return "; ".join(f"{count:,} {what}" for count, what in counts if count) or "nothing"
+        kinds = (INVALID, CRLF, MARKS, EMPTY, HELD_OUT)
+        return "; ".join(f"{self[what]:,} {what}" for what in kinds if self[what]) or "nothing"
+
+    def decode(self, raw: bytes) -> str:
+        """UTF-8 without a byte-order mark before it; invalid bytes become lone surrogates, to be mended."""
+        text = raw.decode("utf-8", "surrogateescape")
+        self[MARKS] += text.startswith("\ufeff")
+        return text.removeprefix("\ufeff")
 
     def mend(self, text: str) -> str:
         """``text`` with lone surrogates (which is how invalid bytes come here) and CRLF replaced, and counted."""
         text, invalid = re.subn("[\ud800-\udfff]", "\ufffd", text)
-        crlf = text.count("\r\n")
-        self.invalid += invalid
-        self.crlf += crlf
-        return text.replace("\r\n", "\n") if crlf else text
+        self[INVALID] += invalid
+        self[CRLF] += text.count("\r\n")
+        return text.replace("\r\n", "\n")
 
     def mend_file(self, raw: bytes, path: Path) -> str:
         """The text of a whole file. Raises BadInput if it looks binary."""
         way_out = "leave it out of data.path, or convert it to UTF-8 text"
         if b"\0" in raw:
             raise BadInput(f"{path} looks binary (byte {raw.index(0):,} is NUL); {way_out}")
-        text = raw.decode("utf-8", "surrogateescape")
-        if text.startswith("\ufeff"):
-            text = text[1:]
-            self.marks += 1
-        before = self.invalid
-        text = self.mend(text)
-        replaced = self.invalid - before
+        before = self[INVALID]
+        text = self.mend(self.decode(raw))
+        replaced = self[INVALID] - before
         if replaced > LARGEST_SHARE_REPLACED * len(raw):
             raise BadInput(f"{path} is not UTF-8 text ({replaced:,} of {len(raw):,} bytes are invalid); {way_out}")
         return text
@@ -89,7 +80,7 @@ def stdlib_files() -> tuple[Path, list[Path]]:
         files += [Path(directory, name) for name in names if name.endswith(".py")]
     if not files:
         raise BadInput(f"this Python has no standard library as text in {base}; use --data.corpus=text")
-    return base, sorted(files, key=lambda file: file.relative_to(base).parts)
+    return base, sorted(files)
 
 
 def text_files(path: str) -> tuple[Path, list[Path]]:
@@ -98,24 +89,18 @@ def text_files(path: str) -> tuple[Path, list[Path]]:
     if os.path.isdir(path):
         example = os.path.join(path, "**", "*.txt")
         raise BadInput(f"data.path={path!r} is a directory; name the files in it, as in --data.path='{example}'")
-    if os.path.exists(path):
-        found = [path]
-    elif glob.has_magic(path):
-        found = [name for name in glob.glob(path, recursive=True) if not os.path.isdir(name)]
-        if not found:
-            raise BadInput(f"no file matches data.path={path!r} (from {os.getcwd()}); check the pattern")
-    else:
+    found = [path] if os.path.exists(path) else glob.glob(path, recursive=True)
+    files = sorted({Path(os.path.abspath(name)) for name in found if not os.path.isdir(name)})
+    if not files:
         here = os.path.dirname(path) or "."
         names = os.listdir(here) if os.path.isdir(here) else []
         near = difflib.get_close_matches(os.path.basename(path), names, 1, 0.6)
         hint = f"did you mean {os.path.join(os.path.dirname(path), near[0])!r}?" if near else "check data.path"
         raise BadInput(f"there is no file {path!r} (from {os.getcwd()}); {hint}")
-    files = [Path(os.path.abspath(name)) for name in found]
     for file in files:
         if not file.is_file():
             raise BadInput(f"{file} is not a regular file; leave it out of data.path")
-    base = Path(os.path.commonpath([file.parent for file in files]))
-    return base, sorted(set(files), key=lambda file: file.relative_to(base).parts)
+    return Path(os.path.commonpath([file.parent for file in files])), files
 
 
 def files_identity(base: Path, files: list[Path]) -> dict[str, Any]:
@@ -147,79 +132,62 @@ def document_kind(config: Data, file: Path) -> str:
     return config.document
 
 
-def read_files(files: list[Path], config: Data, mended: Mended) -> Iterator[str]:
+def read_files(config: Data, files: list[Path], mended: Mended) -> Iterator[str]:
     """The documents of local files, in order, mended."""
     for file in files:
         try:
-            if file.suffix.lower() in JSON_LINES:
-                yield from read_json_lines(file, config.text_field, mended)
-            elif file.suffix.lower() == ".parquet":
-                yield from read_parquet(file, config.text_field, mended)
+            kind = document_kind(config, file)
+            if kind == "field":
+                parquet = file.suffix.lower() == ".parquet"
+                for place, row in parquet_rows(file, config.text_field) if parquet else json_rows(file, mended):
+                    yield text_of(row, config.text_field, place, mended)
             else:
                 text = mended.mend_file(file.read_bytes(), file)
-                if document_kind(config, file) == "line":
-                    # Not splitlines(), which also breaks at form feeds and U+2028.
-                    yield from text.removesuffix("\n").split("\n")
-                else:
-                    yield text
+                # Not splitlines(), which also breaks at form feeds and U+2028.
+                yield from text.removesuffix("\n").split("\n") if kind == "line" else [text]
         except OSError as problem:
             raise cannot_read(file, problem) from problem
 
 
-def read_json_lines(file: Path, field: str, mended: Mended) -> Iterator[str]:
-    """The texts of one .jsonl file; lines without content are skipped."""
+def json_rows(file: Path, mended: Mended) -> Iterator[tuple[str, Any]]:
+    """Place and contents of the lines of a .jsonl file that are not blank."""
     with open(file, "rb") as handle:
         for number, raw in enumerate(handle, 1):
-            line = raw.decode("utf-8", "surrogateescape")
-            if number == 1 and line.startswith("\ufeff"):
-                line = line[1:]
-                mended.marks += 1
-            if not line.strip():
-                continue
-            place = f"{file}, line {number}"
-            try:
-                row = json.loads(line)
-            except ValueError as problem:
-                raise BadInput(f"{place} is not JSON ({problem}); mend the line or remove it") from problem
-            if not isinstance(row, dict):
-                raise BadInput(f"{place} is not a JSON object but a {type(row).__name__}; mend the line or remove it")
-            yield field_of(row, field, place, mended)
+            place, line = f"{file}, line {number}", mended.decode(raw)
+            if line.strip():
+                try:
+                    yield place, json.loads(line)
+                except ValueError as problem:
+                    raise BadInput(f"{place} is not JSON ({problem}); mend the line or remove it") from problem
 
 
-def read_parquet(file: Path, field: str, mended: Mended) -> Iterator[str]:
-    """The texts of one .parquet file, a thousand rows in memory at a time."""
-    import pyarrow  # type: ignore[import-untyped]
-    import pyarrow.parquet  # type: ignore[import-untyped]
+def parquet_rows(file: Path, field: str) -> Iterator[tuple[str, Any]]:
+    """Place and text field of the rows of a .parquet file, a thousand rows in memory at a time."""
+    import pyarrow
+    import pyarrow.parquet
 
     try:
         table = pyarrow.parquet.ParquetFile(file)
-        if field not in table.schema_arrow.names:
-            raise missing_field(field, table.schema_arrow.names, str(file))
-        row = 0
-        for batch in table.iter_batches(batch_size=1000, columns=[field]):
-            for value in batch.column(0).to_pylist():
-                row += 1
-                yield field_of({field: value}, field, f"{file}, row {row}", mended)
+        columns = [field] if field in table.schema_arrow.names else None  # all, for the message that it is not there
+        rows = chain.from_iterable(batch.to_pylist() for batch in table.iter_batches(1000, columns=columns))
+        yield from ((f"{file}, row {number}", row) for number, row in enumerate(rows, 1))
     except pyarrow.ArrowException as problem:
         raise BadInput(f"{file} cannot be read as parquet ({problem}); make it anew or leave it out") from problem
 
 
-def field_of(row: dict[str, Any], field: str, place: str, mended: Mended) -> str:
-    """The mended text of one row; null counts as empty."""
+def text_of(row: Any, field: str, place: str, mended: Mended) -> str:
+    """The mended text of one row; null counts as empty. Raises BadInput for a row without text in ``field``."""
+    if not isinstance(row, dict):
+        raise BadInput(f"{place} is not a JSON object but a {type(row).__name__}; mend the line or remove it")
     if field not in row:
-        raise missing_field(field, list(row), place)
-    value = row[field]
-    if value is None:
-        return ""
-    if not isinstance(value, str):
-        raise BadInput(f"field {field!r} of {place} is not text but {type(value).__name__}; set data.text_field")
-    return mended.mend(value)
-
-
-def missing_field(field: str, names: list[str], place: str) -> BadInput:
-    """The error for a row without the text."""
-    there = ", ".join(map(repr, names)) or "none"
-    return BadInput(f"{place} has no field {field!r}; its fields are {there}: set data.text_field to one of them")
+        raise BadInput(
+            f"{place} has no field {field!r}; its fields are {', '.join(map(repr, row)) or 'none'}: "
+            "set data.text_field to one of them"
+        )
+    text = row[field]
+    if text is not None and not isinstance(text, str):
+        raise BadInput(f"field {field!r} of {place} is not text but {type(text).__name__}; set data.text_field")
+    return mended.mend(text or "")
 
 
 # ---------------------------------------------------------------------------------------------- datasets
@@ -237,7 +205,7 @@ def dataset_identity(config: Data) -> dict[str, Any]:
 
 def read_dataset(config: Data, mended: Mended) -> Iterator[str]:
     """The texts of the dataset's rows, mended. Raises BadInput if it cannot be found or read."""
-    import datasets  # type: ignore[import-untyped]
+    import datasets
 
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
@@ -249,7 +217,7 @@ def read_dataset(config: Data, mended: Mended) -> Iterator[str]:
         if config.text_field in (rows.column_names or []):
             rows = rows.select_columns([config.text_field])
         for number, row in enumerate(rows):
-            yield field_of(row, config.text_field, f"{what}, row {number}", mended)
+            yield text_of(row, config.text_field, f"{what}, row {number}", mended)
     except BadInput:
         raise
     except Exception as problem:  # the library and its file systems raise what they like

@@ -6,36 +6,73 @@ headers. Only JSON and safetensors are read; nothing is ever unpickled.
 
 from __future__ import annotations
 
-import json
-import math
+from bisect import bisect_right
 from dataclasses import dataclass, replace
+from operator import attrgetter
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
+from pydantic import BaseModel, Field, ValidationError, model_validator
 from safetensors import SafetensorError, safe_open
 from tokenizers import Tokenizer
 
 import files
-from config import BadInput
+from config import BadInput, all_errors
 from data.tokenizers import plain, vocabulary_size
 
-LARGEST_HEADER = 65_536  # bytes; two tensors need about 150
-BYTES = {"U16": 2, "U32": 4, "I64": 8}
+Count = Annotated[int, Field(ge=0)]
+
+
+class FileEntry(BaseModel, strict=True):
+    """What the manifest says of a file; a shard has tokens and documents."""
+
+    file: Any  # files.problem_of refuses what is not the name of a plain file
+    size: Count
+    sha256: str
+    tokens: Count = 0
+    documents: Count = 0
+
+
+class SplitEntry(BaseModel, strict=True):
+    """What the manifest says of a split."""
+
+    bytes: Count
+    tokens: Count
+    documents: Count
+    shards: list[FileEntry]
+
+
+class Manifest(BaseModel, strict=True):
+    """The part of manifest.json that is needed to open a corpus and to describe it."""
+
+    describe: str
+    replaced: str
+    tokenizer: FileEntry
+    vocab_size: Count
+    end_of_text: Count
+    dtype: Literal["U16", "U32"]
+    splits: dict[str, SplitEntry]
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Manifest:
+        for name, split in self.splits.items():
+            sums = [sum(shard.tokens for shard in split.shards), sum(shard.documents for shard in split.shards)]
+            if sums != [split.tokens, split.documents]:
+                raise ValueError(f"the counts of the shards of {name} do not add up to those of the split")
+        if self.end_of_text >= self.vocab_size:
+            raise ValueError("end_of_text is outside the vocabulary")
+        return self
 
 
 @dataclass(frozen=True)
 class Shard:
-    """One verified file: its tokens are first..first + n_tokens of the split."""
+    """One verified file: its ``tokens``, a slice of which reads them, are first..first + n_tokens of the split."""
 
     path: Path
     first: int
     n_tokens: int
-    handle: Any
-
-    def read(self, start: int, stop: int) -> np.ndarray:
-        """Tokens start..stop of the shard, in the shard's own dtype."""
-        return self.handle.get_slice("tokens")[start:stop]
+    tokens: Any
 
 
 @dataclass(frozen=True)
@@ -63,17 +100,18 @@ class Split:
         if not 0 <= start <= stop <= self.n_tokens:
             raise IndexError(f"tokens {start}..{stop} of the {self.name} split, which has {self.n_tokens}")
         tokens = np.empty(stop - start, dtype=np.int64)
-        for shard in self.shards:
-            first, last = max(start, shard.first), min(stop, shard.first + shard.n_tokens)
-            if first < last:
-                tokens[first - start : last - start] = shard.read(first - shard.first, last - shard.first)
-        if len(tokens) and tokens.max() >= self.vocab_size:
-            at = start + int(np.argmax(tokens >= self.vocab_size))
-            shard = next(shard for shard in self.shards if shard.first <= at < shard.first + shard.n_tokens)
-            raise BadInput(
-                f"{shard.path} holds token {tokens[at - start]} at offset {at - shard.first}, but the vocabulary has "
-                f"only {self.vocab_size} entries; {way_out(shard.path.parent)}"
-            )
+        done, index = 0, bisect_right(self.shards, start, key=attrgetter("first")) - 1
+        while done < len(tokens):
+            shard = self.shards[index]
+            offset = start + done - shard.first
+            part = shard.tokens[offset : min(stop - shard.first, shard.n_tokens)]
+            if (unknown := np.flatnonzero(part >= self.vocab_size)).size:
+                raise BadInput(
+                    f"{shard.path} holds token {part[unknown[0]]} at offset {offset + unknown[0]}, but the vocabulary "
+                    f"has only {self.vocab_size} entries; {way_out(shard.path.parent)}"
+                )
+            tokens[done : done + len(part)] = part
+            done, index = done + len(part), index + 1
         return tokens
 
     def head(self, n_tokens: int) -> Split:
@@ -103,27 +141,23 @@ class Corpus:
         verified the same files.
         """
         directory = Path(directory)
-        manifest = read_manifest(directory)
+        file = directory / "manifest.json"
+        if not file.is_file() or file.is_symlink():
+            raise BadInput(f"{directory} is no corpus (it has no manifest.json); prepare one with scripts.prepare_data")
         try:
-            names = sorted(manifest["splits"])
-            shards = [shard for name in names for shard in manifest["splits"][name]["shards"]]
-            entries = [manifest["tokenizer"], *shards]
-            for entry in entries:
-                if problem := files.problem_of(directory, entry["file"], entry, verify):
-                    raise BadInput(f"{problem}; {way_out(directory)}")
-            for name in names:
-                check_counts(directory, name, manifest["splits"][name])
-            contents = [manifest["vocab_size"], manifest["end_of_text"], manifest["dtype"], names]
-            contents += [entry["sha256"] for entry in entries]
-            fingerprint = files.hash_of(contents)[:16]
-            vocab_size, end_of_text = int(manifest["vocab_size"]), int(manifest["end_of_text"])
-        except (KeyError, TypeError, ValueError, AttributeError) as problem:
-            raise bad_manifest(
-                directory, f"is not as it was written ({type(problem).__name__}: {problem})"
-            ) from problem
-        if not 0 <= end_of_text < vocab_size:
-            raise bad_manifest(directory, "has an end_of_text outside its vocabulary")
-        return cls(directory, manifest, fingerprint, vocab_size, end_of_text)
+            manifest = Manifest.model_validate_json(file.read_bytes()).model_dump()
+        except OSError as problem:
+            raise BadInput(f"{file} cannot be read ({problem}); {way_out(directory)}") from problem
+        except ValidationError as problem:
+            raise BadInput(f"{file} is damaged ({all_errors(problem)}); {way_out(directory)}") from problem
+        names = sorted(manifest["splits"])
+        entries = [manifest["tokenizer"], *(shard for name in names for shard in manifest["splits"][name]["shards"])]
+        for entry in entries:
+            if problem_of_file := files.problem_of(directory, entry["file"], entry, verify):
+                raise BadInput(f"{problem_of_file}; {way_out(directory)}")
+        contents = [manifest[key] for key in ("vocab_size", "end_of_text", "dtype")]
+        fingerprint = files.hash_of([*contents, names, *(entry["sha256"] for entry in entries)])[:16]
+        return cls(directory, manifest, fingerprint, manifest["vocab_size"], manifest["end_of_text"])
 
     def tokenizer(self) -> Tokenizer:
         """The tokenizer of this corpus, set to take all text as text."""
@@ -151,17 +185,20 @@ class Corpus:
         if name not in self.manifest["splits"]:
             there = ", ".join(self.manifest["splits"])
             raise BadInput(f"{self.directory} has no {name} split, only {there}; see data.{name}_fraction")
-        entry = self.manifest["splits"][name]
+        entry, dtype = self.manifest["splits"][name], self.manifest["dtype"]
         shards, starts, first = [], [np.zeros(0, np.int64)], 0
         for shard in entry["shards"]:
             path = self.directory / shard["file"]
-            check_header(path, self.manifest["dtype"], shard)
+            expected = {"document_starts": ["I64", shard["documents"]], "tokens": [dtype, shard["tokens"]]}
             try:
-                handle = safe_open(path, framework="np")
+                handle: Any = safe_open(path, framework="np")  # checks the file's header and allocates nothing
+                tensors = {key: handle.get_slice(key) for key in handle.offset_keys()}
+                if {key: [tensor.get_dtype(), *tensor.get_shape()] for key, tensor in tensors.items()} != expected:
+                    raise BadInput(f"the header of {path} does not fit its manifest; {way_out(self.directory)}")
                 starts.append(handle.get_tensor("document_starts") + first)
             except (SafetensorError, OSError) as problem:
                 raise BadInput(f"{path} cannot be read ({problem}); {way_out(self.directory)}") from problem
-            shards.append(Shard(path, first, shard["tokens"], handle))
+            shards.append(Shard(path, first, shard["tokens"], tensors["tokens"]))
             first += shard["tokens"]
         document_starts = np.concatenate(starts)
         ascending = len(document_starts) and document_starts[0] == 0 and bool((np.diff(document_starts) > 0).all())
@@ -173,53 +210,3 @@ class Corpus:
 def way_out(directory: Path) -> str:
     """What to do with a damaged corpus."""
     return f"delete {directory} and prepare it again"
-
-
-def bad_manifest(directory: Path, what: str) -> BadInput:
-    """The error for a manifest that cannot be followed."""
-    return BadInput(f"{directory / 'manifest.json'} {what}; {way_out(directory)}")
-
-
-def read_manifest(directory: Path) -> dict[str, Any]:
-    """The manifest as it stands. Raises BadInput if there is none, or it is no JSON object."""
-    file = directory / "manifest.json"
-    if not file.is_file() or file.is_symlink():
-        raise BadInput(f"{directory} is no corpus (it has no manifest.json); prepare one with scripts.prepare_data")
-    try:
-        manifest = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as problem:
-        raise bad_manifest(directory, f"cannot be read ({problem})") from problem
-    if not isinstance(manifest, dict):
-        raise bad_manifest(directory, "holds no JSON object")
-    return manifest
-
-
-def check_counts(directory: Path, name: str, entry: dict[str, Any]) -> None:
-    """The counts of a split are whole numbers, and those of its shards add up to them."""
-    for key in ("tokens", "documents"):
-        counts = [shard[key] for shard in entry["shards"]]
-        whole = all(type(count) is int and count >= 0 for count in [*counts, entry["bytes"]])
-        if not whole or sum(counts) != entry[key]:
-            raise bad_manifest(directory, f"counts {key} of {name} that do not add up")
-
-
-def check_header(path: Path, dtype: str, entry: dict[str, Any]) -> None:
-    """The safetensors header says what the manifest says; checked by hand, so that nothing is allocated on its word."""
-    expected = {"document_starts": ("I64", [entry["documents"]]), "tokens": (dtype, [entry["tokens"]])}
-    size = path.stat().st_size
-    with open(path, "rb") as handle:
-        length = int.from_bytes(handle.read(8), "little")
-        if not 2 <= length <= min(LARGEST_HEADER, size - 8):
-            raise BadInput(f"{path} claims a header of {length} bytes; {way_out(path.parent)}")
-        try:
-            header = json.loads(handle.read(length))
-            header.pop("__metadata__", None)
-            found = {key: (value["dtype"], value["shape"]) for key, value in header.items()}
-            spans = sorted(tuple(value["data_offsets"]) for value in header.values())
-            lengths = [stop - start for start, stop in spans]
-            sizes = [BYTES[kind] * math.prod(shape) for kind, shape in found.values()]
-            contiguous = [0, *(stop for _, stop in spans)] == [*(start for start, _ in spans), size - 8 - length]
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as problem:
-            raise BadInput(f"{path} has a damaged header ({problem}); {way_out(path.parent)}") from problem
-    if found != expected or not contiguous or sorted(sizes) != sorted(lengths):
-        raise BadInput(f"the header of {path} does not fit its manifest; {way_out(path.parent)}")

@@ -16,54 +16,48 @@ import re
 import sys
 import traceback
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import islice
 from typing import Any
 
 from config import BadInput, Data
-from data.readers import (
-    Mended,
-    dataset_identity,
-    document_kind,
-    files_identity,
-    read_dataset,
-    read_files,
-    stdlib_files,
-    text_files,
-)
+from data import readers
+from data.readers import Mended
 
 FEW_FILES = 100  # below this many files the hash of a document splits too coarsely, and the tail is held out
 
 
-@dataclass(frozen=True)
+@dataclass
 class Source:
     """Text that can be read again and again.
 
     ``name`` is short and fit for a directory's name; ``identity`` is JSON-able and changes whenever the documents
-    do; ``split`` is "documents" or "tail"; ``n_bytes`` the size of what is read, where it is known beforehand.
+    do; ``split`` is "documents" or "tail"; ``n_bytes`` the size of what is read, where it is known beforehand;
+    ``mended`` counts what was changed in the text when it was last read.
     """
 
     name: str
     describe: str
     identity: dict[str, Any]
     split: str
-    mended: Mended
     n_bytes: int | None
-    read: Callable[[], Iterator[str]]
+    read: Callable[[Mended], Iterator[str]]
     transform: Callable[[str], Any] | None
     max_documents: int | None
+    mended: Mended = field(default_factory=Mended)
 
     def documents(self) -> Iterator[str]:
         """Every document that is not empty, before the transform, at most ``max_documents`` of them."""
-        self.mended.reset()
-        given = 0
-        for text in self.read():
-            if not text.strip():
-                self.mended.empty += 1
-                continue
-            yield text
-            given += 1
-            if given == self.max_documents:
-                return
+        self.mended = Mended()
+        return islice(self._not_empty(), self.max_documents)
+
+    def _not_empty(self) -> Iterator[str]:
+        for text in self.read(self.mended):
+            if text.strip():
+                yield text
+            else:
+                self.mended[readers.EMPTY] += 1
 
     def transformed(self, document: str) -> list[str]:
         """What data.transform makes of one document; empty texts are left out. Raises BadInput if it fails."""
@@ -90,46 +84,38 @@ def open_source(config: Data) -> Source:
 
     Raises BadInput for a path that holds nothing readable, or a transform that cannot be imported.
     """
-    mended = Mended()
     identity: dict[str, Any] = {"corpus": config.corpus, "max_documents": config.max_documents}
-    split, n_bytes = "documents", None
+    split, n_bytes, name = "documents", None, str(config.path)
+    read: Callable[[Mended], Iterator[str]]
     if config.corpus == "huggingface":
         if config.document not in ("auto", "field"):
             raise BadInput(f"data.document={config.document} does not fit a dataset, made of rows; use auto")
-        path = str(config.path)
-        name = path
-        describe = f"dataset {path}, {config.subset + ', ' if config.subset else ''}split {config.source_split}"
-        identity |= dataset_identity(config)
-
-        def read() -> Iterator[str]:
-            return read_dataset(config, mended)
+        describe = f"dataset {name}, {config.subset + ', ' if config.subset else ''}split {config.source_split}"
+        identity |= readers.dataset_identity(config)
+        read = partial(readers.read_dataset, config)
     else:
         if config.corpus == "stdlib":
-            base, files = stdlib_files()
+            base, files = readers.stdlib_files()
             name, describe = "stdlib", f"the standard library of Python {platform.python_version()}"
         else:
-            base, files = text_files(str(config.path))
-            name = str(config.path)
-            describe = f"{config.path} ({len(files)} file{'s' if len(files) > 1 else ''})"
-        kinds = {document_kind(config, file) for file in files}
-        identity |= {"document": sorted(kinds), **files_identity(base, files)}
+            base, files = readers.text_files(name)
+            describe = f"{name} ({len(files)} file{'s' if len(files) > 1 else ''})"
+        kinds = {readers.document_kind(config, file) for file in files}
+        identity |= {"document": sorted(kinds), **readers.files_identity(base, files)}
         if "field" in kinds:
             identity["text_field"] = config.text_field
         else:
             n_bytes = identity["bytes"]
         if config.corpus == "text" and kinds == {"file"} and len(files) < FEW_FILES:
             split = "tail"
-
-        def read() -> Iterator[str]:
-            return read_files(files, config, mended)
-
+        read = partial(readers.read_files, config, files)
     transform = None
     if config.transform:
         transform, digest = import_transform(config.transform)
         identity["transform"] = {"name": config.transform, "sha256": digest}
     split = split if config.split == "auto" else config.split
     name = short_name(name) or config.corpus
-    return Source(name, describe, identity, split, mended, n_bytes, read, transform, config.max_documents)
+    return Source(name, describe, identity, split, n_bytes, read, transform, config.max_documents)
 
 
 def short_name(path: str) -> str:
@@ -151,9 +137,6 @@ def import_transform(name: str) -> tuple[Callable[[str], Any], str]:
     sys.path.append(added)
     try:
         module = importlib.import_module(module_name)
-        source = inspect.getsource(module)
-    except (OSError, TypeError) as problem:
-        raise BadInput(f"data.transform={name}: {module_name} has no Python source to tell versions apart") from problem
     except Exception as problem:
         raise BadInput(
             f"data.transform={name}: cannot import {module_name} ({type(problem).__name__}: {problem}); "
@@ -161,6 +144,10 @@ def import_transform(name: str) -> tuple[Callable[[str], Any], str]:
         ) from problem
     finally:
         sys.path.remove(added)
+    try:
+        source = inspect.getsource(module)
+    except (OSError, TypeError) as problem:
+        raise BadInput(f"data.transform={name}: {module_name} has no Python source to tell versions apart") from problem
     function = getattr(module, function_name, None)
     if not callable(function):
         raise BadInput(f"data.transform={name}: {module.__file__} has no function {function_name!r}")

@@ -11,7 +11,6 @@ byte of text). Pieces are cut where no token can reach across, so the ids are th
 from __future__ import annotations
 
 import difflib
-import hashlib
 import json
 import os
 import re
@@ -25,6 +24,7 @@ import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from config import BadInput
+from files import sha256
 
 END_OF_TEXT = "<|endoftext|>"
 KNOWN_ENDS = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>", "<|eos|>", "<|end▁of▁sentence|>", "[EOS]", "<|im_end|>")
@@ -32,10 +32,20 @@ PIECE = 65_536  # characters of a piece at most
 BATCH = 2**20  # characters encoded at once, over all cores
 BPE_CHARACTERS = 10**9  # a BPE's merges are settled long before so much text
 
-# Places where pre-tokenizers break in the same way whether or not they see the other side: behind a single newline,
-# and between a letter and white space. (Behind any newline would not do: GPT-2's pattern breaks "a\n\nb" between the
-# newlines, but "a\n\n" at the end of a piece not at all.)
-CLEAN_CUT = re.compile(r"(?<=\S\n)(?=\S)|(?<=[^\W\d_])(?=\s)")
+# Everything up to the last place where a pre-tokenizer breaks whether or not it sees the other side: behind a single
+# newline, or between a letter and white space. (Behind any newline would not do: GPT-2's pattern breaks "a\n\nb"
+# between the newlines, but does not break "a\n\n" at the end of a piece.)
+UP_TO_A_CLEAN_CUT = re.compile(r".+(?:(?<=\S\n)(?=\S)|(?<=[^\W\d_])(?=\s))", re.DOTALL)
+
+# The parts of a tokenizer.json that put a space before a text, and what makes them leave it out.
+NO_PREFIX: dict[str, dict[str, Any]] = {
+    "Prepend": {"prepend": ""},
+    "ByteLevel": {"add_prefix_space": False},
+    "Metaspace": {"prepend_scheme": "never"},
+}
+
+# Use all cores, and say so explicitly: when this is unset, the library warns and turns its threads off after a fork.
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
 
 
 def byte_tokenizer() -> Tokenizer:
@@ -68,14 +78,12 @@ def train_bpe(documents: Iterable[str], vocab_size: int, quiet: bool = True) -> 
 
     def texts() -> Iterator[str]:
         left = BPE_CHARACTERS
-        for document in documents:
-            for piece in pieces(document):
-                yield piece
-                left -= len(piece)
-                if left <= 0:
-                    return
+        for piece in chain.from_iterable(map(pieces, documents)):
+            yield piece
+            left -= len(piece)
+            if left <= 0:
+                return
 
-    allow_threads()
     tokenizer.train_from_iterator(texts(), trainer)
     return plain(tokenizer)
 
@@ -137,7 +145,7 @@ def tokenizer_identity(knob: str, vocab_size: int) -> dict[str, Any]:
     if file is None:
         return {"kind": "hub", "name": knob}
     try:
-        return {"kind": "file", "sha256": hashlib.sha256(file.read_bytes()).hexdigest()}
+        return {"kind": "file", "sha256": sha256(file)}
     except OSError as problem:
         raise BadInput(f"cannot read the tokenizer {file}: {problem.strerror}; check its permissions") from problem
 
@@ -155,8 +163,7 @@ def plain(tokenizer: Tokenizer) -> Tokenizer:
 def end_of_text(tokenizer: Tokenizer) -> int:
     """The id of the token that ends a text. Raises BadInput if the tokenizer has none that we know."""
     for token in KNOWN_ENDS:
-        found = tokenizer.token_to_id(token)
-        if found is not None:
+        if (found := tokenizer.token_to_id(token)) is not None:
             return int(found)
     raise BadInput(
         f"the tokenizer has no end-of-text token (looked for {', '.join(KNOWN_ENDS)}); "
@@ -172,38 +179,37 @@ def vocabulary_size(tokenizer: Tokenizer) -> int:
 def encode_documents(tokenizer: Tokenizer, documents: Iterable[str]) -> Iterator[np.ndarray]:
     """The ids of each document, uint32, in order; no end-of-text is added.
 
-    About a million characters are in work at once, however long a document is.
+    About a million characters are encoded at once, however long a document is.
     """
-    allow_threads()
     rest = without_prefix(tokenizer)
     limit = PIECE if cuts_cleanly(tokenizer, rest) else sys.maxsize
-    parts: list[np.ndarray] = []
+    ids: list[np.ndarray] = []  # of the document that the next piece belongs to
     for batch in batches(documents, limit):
-        first = iter(tokenizer.encode_batch_fast([p for p, n in batch if p is not None and n == 0], False, False))
-        later = iter(rest.encode_batch_fast([p for p, n in batch if p is not None and n > 0], False, False))
-        for piece, number in batch:
-            if piece is not None:
-                parts.append(np.array(next(later if number else first).ids, dtype=np.uint32))
-            else:
-                yield np.concatenate(parts) if parts else np.zeros(0, np.uint32)
-                parts = []
+        first = iter(tokenizer.encode_batch_fast([text for text, is_first, _ in batch if is_first], False, False))
+        later = iter(rest.encode_batch_fast([text for text, is_first, _ in batch if not is_first], False, False))
+        for _, is_first, is_last in batch:
+            ids.append(np.array(next(first if is_first else later).ids, dtype=np.uint32))
+            if is_last:
+                yield np.concatenate(ids)
+                ids = []
 
 
-def batches(documents: Iterable[str], limit: int) -> Iterator[list[tuple[str | None, int]]]:
-    """The pieces of all documents as (piece, number in its document), a million characters at a time.
+def batches(documents: Iterable[str], limit: int) -> Iterator[list[tuple[str, bool, bool]]]:
+    """The pieces of all documents in order, a million characters at a time.
 
-    A piece of None says that the document is complete.
+    With each piece comes whether it is the first and whether it is the last of its document.
     """
-    batch: list[tuple[str | None, int]] = []
+    batch: list[tuple[str, bool, bool]] = []
     characters = 0
     for document in documents:
-        for number, piece in enumerate(pieces(document, limit)):
-            batch.append((piece, number))
+        left = len(document)
+        for piece in pieces(document, limit) if document else [""]:
+            batch.append((piece, left == len(document), left == len(piece)))
+            left -= len(piece)
             characters += len(piece)
             if characters >= BATCH:
                 yield batch
                 batch, characters = [], 0
-        batch.append((None, 0))
     yield batch
 
 
@@ -211,13 +217,9 @@ def pieces(text: str, limit: int = PIECE) -> Iterator[str]:
     """``text`` in pieces of at most ``limit`` characters, cut where no token reaches across if possible."""
     start = 0
     while len(text) - start > limit:
-        cut, end = start, start + limit
-        for lowest in (end - limit // 16, start + 1):  # look near the end first, then everywhere
-            for found in CLEAN_CUT.finditer(text, max(lowest, start + 1), end + 2):
-                cut = found.start() if found.start() <= end else cut
-            if cut > start:
-                break
-        cut = cut if cut > start else end
+        end = start + limit
+        clean = UP_TO_A_CLEAN_CUT.match(text, start, end + 1)
+        cut = clean.end() if clean else end
         yield text[start:cut]
         start = cut
     if start < len(text):
@@ -226,30 +228,16 @@ def pieces(text: str, limit: int = PIECE) -> Iterator[str]:
 
 def without_prefix(tokenizer: Tokenizer) -> Tokenizer:
     """The tokenizer for all pieces of a document but the first: it puts no space before the text."""
-    state = json.loads(tokenizer.to_str())
-    before = json.dumps(state)
-    normalizer, splitter = state.get("normalizer") or {}, state.get("pre_tokenizer") or {}
-    if normalizer.get("type") == "Prepend":
-        state["normalizer"] = None
-    elif normalizer.get("type") == "Sequence":
-        normalizer["normalizers"] = [part for part in normalizer["normalizers"] if part.get("type") != "Prepend"]
-    if splitter.get("type") == "Sequence" and splitter["pretokenizers"]:
-        splitter = splitter["pretokenizers"][0]
-    if splitter.get("type") == "ByteLevel":
-        splitter["add_prefix_space"] = False
-    elif splitter.get("type") == "Metaspace":
-        splitter["prepend_scheme"] = "never"
-    return tokenizer if json.dumps(state) == before else plain(Tokenizer.from_str(json.dumps(state)))
+    state = json.loads(tokenizer.to_str(), object_hook=lambda part: part | NO_PREFIX.get(str(part.get("type")), {}))
+    return plain(Tokenizer.from_str(json.dumps(state)))
 
 
 def cuts_cleanly(tokenizer: Tokenizer, rest: Tokenizer) -> bool:
-    """Whether this tokenizer breaks at our cuts by itself; if not, documents are encoded whole."""
+    """Whether this tokenizer breaks at our cuts by itself, ``rest`` being the one for all pieces but the first.
+
+    If not, documents are encoded whole.
+    """
     probe = ["One two", " three; it's\n", "four(5)\n", "sechs, sieben", "\n\n acht", "  (neun)\n\n"]
     whole = tokenizer.encode("".join(probe), add_special_tokens=False).ids
     ids = [(rest if i else tokenizer).encode(text, add_special_tokens=False).ids for i, text in enumerate(probe)]
     return bool(whole == list(chain.from_iterable(ids)))
-
-
-def allow_threads() -> None:
-    """Use all cores, and say so explicitly: unset, the library warns and turns them off after any fork."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")

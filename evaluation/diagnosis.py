@@ -17,9 +17,10 @@ averaging; against underfitting less of these, a longer run, a larger model.
 from __future__ import annotations
 
 import math
-import statistics
 from dataclasses import dataclass, field
 from typing import Any
+
+import numpy as np
 
 from config import Config, Regularizers
 from evaluation.curves import Series, series
@@ -27,6 +28,9 @@ from evaluation.curves import read_curves as read_curves  # the other half of di
 
 UNDERFITTING, WELL_FITTED, OVERFITTING = "underfitting", "well fitted", "overfitting"
 TOO_EARLY = "too early to tell"
+RISES, FALLS, LEVEL = "rises", "falls", "is level"  # what a loss does at the end of the run
+SMALL, MODERATE, MEMORIZING = "small", "moderate", "memorizing"  # gaps between validation and training loss
+UNKNOWN = "unknown"
 
 FEWEST_EVALUATIONS = 5
 NOISES = 3.0  # how many standard deviations of a curve's noise count as a movement of the curve
@@ -76,196 +80,120 @@ def diagnose(records: list[dict[str, Any]], config: Config | None = None) -> Dia
     if averaged and len(val):
         evidence.append("judged by the averaged weights")
     if len(val) < FEWEST_EVALUATIONS:
-        evidence.insert(
-            0, f"{len(val)} evaluations of the validation loss are too few; {FEWEST_EVALUATIONS} are needed"
-        )
-        return Diagnosis(TOO_EARLY, evidence, ["train on, or evaluate more often (--evaluation.every)"])
-    train, gap, exact = training_loss(records, raw if len(raw) else val)
-    facts = measure(val, train, gap, exact)
-    evidence = facts.sentences(unit_of(records), exact) + evidence
-    verdict = facts.verdict()
-    advice = advise(verdict, facts, epochs, raw.steps[-1] if len(raw) else val.steps[-1], config)
-    return Diagnosis(verdict, evidence, advice)
+        few = f"{len(val)} evaluations of the validation loss are too few; {FEWEST_EVALUATIONS} are needed"
+        return Diagnosis(TOO_EARLY, [few, *evidence], ["train on, or evaluate more often (--evaluation.every)"])
+    by_epochs = all(record.get("epoch") == record.get("step") for record in records)
+    val_moves, sentence = about_val(val, "epoch" if by_epochs else "step")
+    sentences, train_moves, size = [sentence], UNKNOWN, UNKNOWN
+    training = training_loss(records, raw if len(raw) else val)
+    if training is None:
+        sentences.append("no training loss was given, so a level curve can mean any fit")
+    else:
+        size, sentence = about_gap(val, *training)
+        train_moves, other = about_train(val, *training[:2], val_moves == RISES)
+        sentences += [sentence, other]
+    if train_moves == RISES:
+        verdict, advice = UNDERFITTING, calm(config)
+    elif val_moves == RISES or size == MEMORIZING:
+        verdict, advice = OVERFITTING, regularize_more(val_moves == RISES, epochs, config)
+    elif val_moves == FALLS or size == SMALL:
+        verdict, advice = UNDERFITTING, learn_more(val, epochs, config)
+    elif size == UNKNOWN:
+        verdict, advice = TOO_EARLY, ["log a training loss as well, or train on until the curve turns"]
+    else:
+        verdict, advice = WELL_FITTED, go_on(config)
+    return Diagnosis(verdict, sentences + evidence, advice)
 
 
 # ---------------------------------------------------------------------------------------------- what the curves say
 
 
-@dataclass(frozen=True)
-class Facts:
-    """What was measured on the curves; losses in nats per token, None where there was no training loss."""
-
-    best_step: float
-    best: float
-    last_step: float
-    last: float
-    rise: float  # of the smoothed validation loss over its lowest value
-    val_noise: float
-    val_fall: float  # over the last fifth
-    val_fall_error: float  # standard error of it
-    train_fall: float | None
-    train_fall_error: float
-    train_fall_halfway: float  # since the middle of the run, smoothed
-    train_rise: float | None  # of the training loss since the validation loss was best
-    train_noise: float
-    gap: float | None  # at the end
-    gap_halfway: float | None
-
-    @property
-    def turned_up(self) -> bool:
-        """Whether the validation loss has left its best value by more than noise."""
-        return self.rise > max(NOISES * self.val_noise, SMALLEST_RISE * self.best)
-
-    @property
-    def diverged(self) -> bool:
-        """Whether the training loss rose too: then what was learnt is lost, and nothing was memorized."""
-        return self.turned_up and self.train_rise is not None and self.train_rise > 0.5 * self.rise
-
-    @property
-    def val_falls(self) -> bool:
-        """Whether the validation loss still falls at the end."""
-        return self.val_fall > max(NOISES * self.val_fall_error, SMALLEST_FALL * self.last)
-
-    @property
-    def train_falls(self) -> bool:
-        """Whether the training loss, in evaluation mode if that is known, still falls at the end."""
-        if self.train_fall is None or self.gap is None:
-            return False
-        return self.train_fall > max(NOISES * self.train_fall_error, SMALLEST_FALL * (self.last - self.gap))
-
-    @property
-    def relative_gap(self) -> float | None:
-        """The gap at the end as a share of the validation loss."""
-        return None if self.gap is None else self.gap / self.last
-
-    @property
-    def widens(self) -> bool:
-        """Whether the gap has grown by a tenth and by more than noise since the middle of the run."""
-        if self.gap is None or self.gap_halfway is None:
-            return False
-        growth = self.gap - self.gap_halfway
-        return growth > max(0.1 * abs(self.gap), self.val_noise + self.train_noise)
-
-    @property
-    def memorizes(self) -> bool:
-        """Whether most of what is still learnt about the training text is of no use for other text."""
-        if self.relative_gap is None or self.gap is None or self.gap_halfway is None:
-            return False
-        useless = self.gap - self.gap_halfway > self.train_fall_halfway / 2
-        falls = self.train_fall_halfway > max(NOISES * self.train_noise, SMALLEST_FALL * (self.last - self.gap))
-        return self.relative_gap > LARGE_GAP and falls and useless
-
-    def verdict(self) -> str:
-        """The rule."""
-        if self.diverged:
-            return UNDERFITTING
-        if self.turned_up or self.memorizes:
-            return OVERFITTING
-        if self.val_falls:
-            return UNDERFITTING
-        if self.relative_gap is None:
-            return TOO_EARLY
-        return UNDERFITTING if self.relative_gap < SMALL_GAP else WELL_FITTED
-
-    def sentences(self, unit: str, exact: bool) -> list[str]:
-        """The evidence in numbers; ``exact``: the gap was measured in evaluation mode."""
-        here, there = f"{unit} {self.best_step:,g}", f"{unit} {self.last_step:,g}"
-        if self.turned_up:
-            noise = f", {self.rise / self.val_noise:,.0f} times its noise" if self.val_noise > 1e-9 else ""
-            lines = [f"val was best at {here} ({self.best:.4f}) and rose to {self.last:.4f} at {there}{noise}"]
-        elif self.val_falls:
-            share = self.val_fall / self.last
-            lines = [f"val still falls, by {share:.1%} over the last fifth, to {self.last:.4f} at {there}"]
-        else:
-            lines = [f"val is level at the end: {self.last:.4f} at {there}, best {self.best:.4f} at {here}"]
-        if self.relative_gap is None or self.gap is None:
-            return [*lines, "no training loss was given, so a level curve can mean any fit"]
-        source = "" if exact else ", from the loss of training batches, which dropout and noise raise"
-        way = "widening" if self.widens else "not widening"
-        halfway = "" if self.gap_halfway is None else f", {way} (halfway {self.gap_halfway:+.4f})"
-        lines.append(f"gap val - train {self.gap:+.4f}, {self.relative_gap:.1%} of val{halfway}{source}")
-        fall = (self.train_fall or 0.0) / (self.last - self.gap)
-        if self.diverged:
-            lines.append(f"train rose as well, by {self.train_rise:.4f} since val was best: training became unstable")
-        elif self.train_falls:
-            lines.append(f"train still falls, by {fall:.1%} over the last fifth")
-        else:
-            lines.append(f"train is level at the end, up to its noise ({-fall:+.1%} over the last fifth)")
-        return lines
+def about_val(val: Series, unit: str) -> tuple[str, str]:
+    """How the validation loss moves at the end, against its noise, and the numbers in a sentence."""
+    best, noise, last = val.values.argmin(), val.noise, val.last
+    lowest, here, there = val.values[best], f"{unit} {val.steps[best]:,g}", f"{unit} {val.steps[-1]:,g}"
+    rise, (fall, error) = val.rise(val.lowest()), val.late_fall()
+    if moved(rise, noise, SMALLEST_RISE * lowest):
+        times = f", {rise / noise:,.0f} times its noise" if noise > 1e-9 else ""
+        return RISES, f"val was best at {here} ({lowest:.4f}) and rose to {last:.4f} at {there}{times}"
+    if moved(fall, error, SMALLEST_FALL * last):
+        return FALLS, f"val still falls, by {share(fall, last):.1%} over the last fifth, to {last:.4f} at {there}"
+    return LEVEL, f"val is level at the end: {last:.4f} at {there}, best {lowest:.4f} at {here}"
 
 
-def measure(val: Series, train: Series | None, gap: Series | None, exact: bool) -> Facts:
-    """All that the verdict rests on; ``val`` has at least five points. A gap that is not ``exact`` is smoothed."""
-    smoothed = val.smooth()
-    lowest = min(range(len(val)), key=smoothed.values.__getitem__)
-    best = min(range(len(val)), key=val.values.__getitem__)
-    middle = (val.steps[0] + val.steps[-1]) / 2
-    val_fall, val_fall_error = val.late_fall()
-    train_fall, train_fall_error = (None, 0.0) if train is None else train.late_fall()
-    gap = gap.smooth() if gap is not None and not exact else gap
-    level = None if train is None else train.smooth()
-    since = None if level is None else level.values[-1] - level.at(val.steps[lowest])
-    return Facts(
-        best_step=val.steps[best],
-        best=val.values[best],
-        last_step=val.steps[-1],
-        last=val.values[-1],
-        rise=smoothed.values[-1] - smoothed.values[lowest],
-        val_noise=val.noise,
-        val_fall=val_fall,
-        val_fall_error=val_fall_error,
-        train_fall=train_fall,
-        train_fall_error=train_fall_error,
-        train_fall_halfway=0.0 if level is None else level.at(middle) - level.values[-1],
-        train_rise=since,
-        train_noise=0.0 if train is None else train.noise,
-        gap=None if gap is None else gap.values[-1],
-        gap_halfway=None if gap is None else gap.at(middle),
+def about_train(val: Series, train: Series, gap: Series, turned_up: bool) -> tuple[str, str]:
+    """The same of the training loss, in evaluation mode if that is known.
+
+    It rises when, with the validation loss, it has lost what was learnt: then nothing was memorized.
+    """
+    rise, (fall, error), level = train.rise(val.lowest()), train.late_fall(), val.last - gap.last
+    if turned_up and rise > 0.5 * val.rise(val.lowest()):
+        return RISES, f"train rose as well, by {rise:.4f} since val was best: training became unstable"
+    if moved(fall, error, SMALLEST_FALL * level):
+        return FALLS, f"train still falls, by {share(fall, level):.1%} over the last fifth"
+    return LEVEL, f"train is level at the end, up to its noise ({-share(fall, level):+.1%} over the last fifth)"
+
+
+def about_gap(val: Series, train: Series, gap: Series, exact: bool) -> tuple[str, str]:
+    """How large the gap is at the end, and the numbers in a sentence; ``exact``: measured in evaluation mode.
+
+    It is that of memorizing when it is large and most of what is still learnt about the training text is of no use
+    for other text.
+    """
+    middle, relative = float(val.steps[0] + val.steps[-1]) / 2, share(gap.last, val.last)
+    halfway, fall = gap.at(middle), -train.rise(middle)
+    growth = gap.last - halfway
+    learns = moved(fall, train.noise, SMALLEST_FALL * (val.last - gap.last))
+    widens = growth > max(0.1 * abs(gap.last), val.noise + train.noise)
+    source = "" if exact else ", from the loss of training batches, which dropout and noise raise"
+    sentence = (
+        f"gap val - train {gap.last:+.4f}, {relative:.1%} of val, "
+        f"{'widening' if widens else 'not widening'} (halfway {halfway:+.4f}){source}"
     )
+    if relative > LARGE_GAP and learns and growth > fall / 2:
+        return MEMORIZING, sentence
+    return SMALL if relative < SMALL_GAP and val.last > 0 else MODERATE, sentence
 
 
-def training_loss(records: list[dict[str, Any]], val: Series) -> tuple[Series | None, Series | None, bool]:
-    """The training loss and the gap at the steps of ``val``, and whether they are those of evaluation mode.
+def moved(change: float, noise: float, smallest: float) -> bool:
+    """Whether a change is more than noise and more than the smallest that matters."""
+    return change > max(NOISES * noise, smallest)
+
+
+def share(part: float, whole: float) -> float:
+    """``part`` as a share of ``whole``; 0 of a loss that has reached exactly 0, as it does on constant text."""
+    return part / whole if whole else 0.0
+
+
+def training_loss(records: list[dict[str, Any]], val: Series) -> tuple[Series, Series, bool] | None:
+    """The training loss, the gap to it, and whether both were measured in evaluation mode; None if it is not known.
 
     Without ``gap/loss`` the logged losses of batches between two evaluations are averaged, half of them from
     before the step and half from after it, so that a falling curve is not read as lagging behind.
     """
     gap = series(records, "gap/loss")
-    both = [step for step in gap.steps if step in set(val.steps)]
-    if len(both) >= FEWEST_EVALUATIONS:
-        values = dict(zip(val.steps, val.values, strict=True))
-        gaps = dict(zip(gap.steps, gap.values, strict=True))
-        return Series(both, [values[step] - gaps[step] for step in both]), gap, True
+    steps, of_val, of_gap = np.intersect1d(val.steps, gap.steps, return_indices=True)
+    if len(steps) >= FEWEST_EVALUATIONS:
+        return Series(steps, val.values[of_val] - gap.values[of_gap]), gap, True
     batches = series(records, "train/loss")
     if len(batches) < FEWEST_EVALUATIONS:
-        return None, None, False
-    losses, reach = [], (val.steps[-1] - val.steps[0]) / (len(val) - 1) / 2
-    for step in val.steps:
-        pairs = zip(batches.steps, batches.values, strict=True)
-        near = [value for other, value in pairs if abs(other - step) <= reach]
-        losses.append(statistics.fmean(near) if near else batches.at(step))
-    train = Series(val.steps, losses)
-    gaps_there = [value - loss for value, loss in zip(val.values, losses, strict=True)]
-    return train, Series(val.steps, gaps_there), False
-
-
-def unit_of(records: list[dict[str, Any]]) -> str:
-    """``epoch`` for curves that were recorded by epochs alone."""
-    return "epoch" if records and all(record.get("epoch") == record.get("step") for record in records) else "step"
+        return None
+    reach = (val.steps[-1] - val.steps[0]) / (len(val) - 1) / 2
+    near = [batches.values[abs(batches.steps - step) <= reach] for step in val.steps]
+    pairs = zip(val.steps, near, strict=True)
+    losses = np.array([values.mean() if len(values) else batches.at(step) for step, values in pairs])
+    return Series(val.steps, losses), Series(val.steps, val.values - losses).smooth(), False
 
 
 def about_the_run(records: list[dict[str, Any]]) -> tuple[list[str], float | None]:
-    """Sentences on what is no judgement, and the epochs seen."""
+    """Sentences on what does not decide the verdict, and the epochs seen."""
     epochs = series(records, "epoch")
-    seen = epochs.values[-1] if len(epochs) else None
-    lines = []
-    if seen is not None:
-        lines.append(f"{seen:,.2f} epochs seen" + (": no text twice yet" if seen <= 1 else ""))
-    names = ("train/loss", "val/loss", "val_average/loss")
+    seen = epochs.last if len(epochs) else None
+    lines = [] if seen is None else [f"{seen:,.2f} epochs seen" + (": no text twice yet" if seen <= 1 else "")]
     broken = [
         (record["step"], name)
         for record in records
-        for name in names
+        for name in ("train/loss", "val/loss", "val_average/loss")
         if isinstance(record.get(name), (int, float)) and not math.isfinite(record[name]) and "step" in record
     ]
     if broken:
@@ -275,17 +203,9 @@ def about_the_run(records: list[dict[str, Any]]) -> tuple[list[str], float | Non
 
 # ---------------------------------------------------------------------------------------------- what to do about it
 
-DROPOUTS = ("residual_dropout", "attention_dropout", "mlp_dropout", "embedding_dropout")
 
-
-def advise(verdict: str, facts: Facts, epochs: float | None, last_step: float, config: Config | None) -> list[str]:
-    """The next steps of the recipe, first things first, as flags of train.py."""
-    if verdict == OVERFITTING:
-        return against_overfitting(facts, epochs, config)
-    if verdict == UNDERFITTING:
-        return against_underfitting(facts, epochs, last_step, config)
-    if verdict == TOO_EARLY:
-        return ["log a training loss as well, or train on until the curve turns"]
+def go_on(config: Config | None) -> list[str]:
+    """When the fit is good."""
     return [
         "keep this; a change from here is small, so compare it over several seeds (--run.seed=1)",
         "a larger model with more weight decay is the usual way further",
@@ -293,26 +213,31 @@ def advise(verdict: str, facts: Facts, epochs: float | None, last_step: float, c
     ]
 
 
-def against_overfitting(facts: Facts, epochs: float | None, config: Config | None) -> list[str]:
-    """More weight decay, then dropout, then augmentation, early stopping, averaging."""
-    known = config.regularizers if config else None
+def calm(config: Config | None) -> list[str]:
+    """When training became unstable."""
+    lr = f"={config.optimizer.lr / 3:.2g} (now {config.optimizer.lr:g})" if config else " to a third"
+    return [f"lower the learning rate: --optimizer.lr{lr}", "warm up longer (--schedule.warmup_steps)"]
+
+
+def regularize_more(turned_up: bool, epochs: float | None, config: Config | None) -> list[str]:
+    """Against overfitting: more weight decay, then dropout, then augmentation, early stopping, averaging."""
+    knobs = (config or Config()).regularizers
     advice = []
-    decay = known.weight_decay if known else 0.1
+    decay = knobs.weight_decay
     if decay == 0:
         advice.append("decay the weights: --regularizers.weight_decay=0.1, then 0.3 and 1")
     elif decay < 3:
-        now = f" (now {decay:g})" if known else ""
-        advice.append(
-            f"raise weight decay 3 to 10 times{now}: --regularizers.weight_decay={3 * decay:.2g}, then {10 * decay:.2g}"
-        )
-    rate = max((getattr(known, name) for name in DROPOUTS), default=0.0) if known else 0.0
+        now = f" (now {decay:g})" if config else ""
+        flag = f"--regularizers.weight_decay={3 * decay:.2g}"
+        advice.append(f"raise weight decay 3 to 10 times{now}: {flag}, then {10 * decay:.2g}")
+    rate = max(knobs.residual_dropout, knobs.attention_dropout, knobs.mlp_dropout, knobs.embedding_dropout)
     if rate < 0.45:
         new = 0.1 if rate == 0 else min(0.5, rate + 0.1)
         flags = f"--regularizers.residual_dropout={new:.2g} --regularizers.attention_dropout={new:.2g}"
         advice.append(f"{'add' if rate == 0 else 'raise'} dropout: {flags}, then {min(0.5, new + 0.1):.2g} and more")
-    if known is None or known.token_replacement == 0:
+    if knobs.token_replacement == 0:
         advice.append("augment the text: --regularizers.token_replacement=0.1, or --data.transform=MODULE:FUNCTION")
-    if facts.turned_up and (known is None or known.early_stopping_patience == 0):
+    if turned_up and knobs.early_stopping_patience == 0:
         advice.append("stop in time: --regularizers.early_stopping_patience=3 (its best checkpoint is what is used)")
     advice += averaging(config)
     if epochs is not None and epochs > 4:
@@ -320,52 +245,39 @@ def against_overfitting(facts: Facts, epochs: float | None, config: Config | Non
     return advice
 
 
-def against_underfitting(facts: Facts, epochs: float | None, last_step: float, config: Config | None) -> list[str]:
-    """A calmer, longer or less regularized run, or a larger model: which first depends on what still moves."""
-    if facts.diverged:
-        lr = f"={config.optimizer.lr / 3:.2g} (now {config.optimizer.lr:g})" if config else " to a third"
-        return [f"lower the learning rate: --optimizer.lr{lr}", "warm up longer (--schedule.warmup_steps)"]
+def learn_more(val: Series, epochs: float | None, config: Config | None) -> list[str]:
+    """Against underfitting: a longer or less regularized run, or a larger model, by how fast the loss still falls."""
     if config and config.training.max_epochs:
         longer = f"train longer: --training.max_epochs={2 * config.training.max_epochs:g}"
     else:
-        longer = f"train longer: --training.max_steps={2 * last_step:.0f}"
-    less = lower(config, epochs)
-    shape = config.model if config else None
-    flags = f"--model.d_model={2 * shape.d_model} --model.n_layers={shape.n_layers + 2}" if shape else "--model.d_model"
-    grow = f"grow the model: {flags}"
-    # What crawls needs more capacity, what runs needs more time.
-    running = facts.val_fall > FAST_FALL * facts.last
-    return [longer, *less, grow] if running else [*less, grow, longer]
+        longer = f"train longer: --training.max_steps={2 * val.steps[-1]:.0f}"
+    less, grow = lower(config, epochs), "grow the model: --model.d_model"
+    if config:
+        grow += f"={2 * config.model.d_model} --model.n_layers={config.model.n_layers + 2}"
+    # A loss that falls fast needs more time, one that falls slowly more capacity.
+    fast = val.late_fall()[0] > FAST_FALL * val.last
+    return [longer, *less, grow] if fast else [*less, grow, longer]
 
 
 def lower(config: Config | None, epochs: float | None) -> list[str]:
     """The regularizers that are on and keep the model from fitting, to be switched off or lowered."""
     if config is None:
         return ["lower what regularizes: dropout to 0, --regularizers.weight_decay=0.1 or less"]
-    known = config.regularizers
-    flags = [
-        f"--regularizers.{name}={off}"
-        for name, off, kind in knobs_off()
-        if kind in ("activation", "input", "objective") and getattr(known, name) != off
-    ]
-    for name in ("l1", "l2"):
-        if getattr(known, name, 0):
-            flags.append(f"--regularizers.{name}=0")
-    if known.weight_decay > 0.1:
-        flags.append(f"--regularizers.weight_decay={known.weight_decay / 3:.2g}")
+    knobs, flags = config.regularizers, []
+    for name, knob in Regularizers.model_fields.items():
+        extra: Any = knob.json_schema_extra
+        hinders = extra["kind"] in ("activation", "input", "objective") or name in ("l1", "l2")
+        if hinders and getattr(knobs, name) != extra["off"]:
+            flags.append(f"--regularizers.{name}={extra['off']}")
+    if knobs.weight_decay > 0.1:
+        flags.append(f"--regularizers.weight_decay={knobs.weight_decay / 3:.2g}")
     once = " (within one epoch dropout only costs)" if epochs is not None and epochs <= 1 and flags else ""
     return [f"regularize less{once}: {' '.join(flags)}"] if flags else []
 
 
-def knobs_off() -> list[tuple[str, Any, str]]:
-    """Every knob of the regularizers section with its off value and its kind."""
-    extras = {name: field.json_schema_extra for name, field in Regularizers.model_fields.items()}
-    return [(name, extra["off"], str(extra["kind"])) for name, extra in extras.items() if isinstance(extra, dict)]
-
-
 def averaging(config: Config | None) -> list[str]:
     """Averaging of the weights, if it is not on already."""
-    known = config.regularizers if config else None
-    if known is not None and (known.ema_decay or known.swa_start is not None):
+    knobs = (config or Config()).regularizers
+    if knobs.ema_decay or knobs.swa_start is not None:
         return []
     return ["average the weights, which is nearly free: --regularizers.ema_decay=0.999"]

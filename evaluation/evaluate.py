@@ -1,4 +1,4 @@
-"""What a model knows of a split: every token once, weighted alike, whatever the objective was.
+"""Metrics of a model on a whole split: each target counts once and alike, whatever the training objective was.
 
 Sums are kept in float64 and reduced over the processes once, before anything is divided.
 """
@@ -6,18 +6,20 @@ Sums are kept in float64 and reduced over the processes once, before anything is
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
-from data.loader import EvaluationBatches
+from data.loader import Batch, EvaluationBatches
 from hardware import Hardware
 from model.gpt import GPT
 from training.processes import total
 
 BINS = 15  # of the expected calibration error: equal widths of top-1 confidence
-CHUNK_NUMBERS = 2**24  # logits held at once
+CHUNK_ELEMENTS = 2**24  # of the logits held at once
 
 
 @dataclass(frozen=True)
@@ -38,55 +40,66 @@ class Calibration:
 
 @torch.no_grad()
 def evaluate(
-    model: GPT, batches: EvaluationBatches, hardware: Hardware, bytes_per_token: float
+    model: GPT, batches: EvaluationBatches, hardware: Hardware, bytes_per_token: float, title: str = "evaluating"
 ) -> tuple[dict[str, float], Calibration]:
     """Metrics of the whole of ``batches``, shared over the processes, and the calibration behind ``ece``.
 
     Returns ``loss`` (nats per token), ``perplexity``, ``bits_per_byte``, ``accuracy``, ``ece``, ``brier``,
-    ``entropy``, ``log_z`` (mean log-partition). The model is put back into the mode it was in.
+    ``entropy``, ``log_z`` (mean log-partition). The model is put back into the mode it was in. On a terminal the main
+    process shows a progress bar called ``title``.
     """
     training = model.training
     model.eval()
     sums = torch.zeros(6, dtype=torch.float64)  # tokens, loss, correct, brier, entropy, log_z
     bins = torch.zeros(3, BINS, dtype=torch.float64)  # tokens, confidence, correct
-    for index in range(hardware.rank, len(batches), hardware.world):
+    weight_VD = model.output_weight.to(hardware.dtype)
+    mine = range(hardware.rank, len(batches), hardware.world)
+    for index in tqdm(mine, title, unit="batch", leave=False, disable=None if hardware.main else True):
         batch = batches.batch(index).to(hardware.device)
-        with hardware.autocast():
-            hidden_BTD = model(batch.tokens_BT, batch.positions_BT, batch.documents_BT)
-        hidden_ND = hidden_BTD.flatten(0, 1).to(hardware.dtype)
-        weight_VD = model.output_weight.to(hardware.dtype)
-        rows = max(1, CHUNK_NUMBERS // weight_VD.shape[0])
-        for hidden_RD, target_R in zip(hidden_ND.split(rows), batch.targets_BT.flatten().split(rows), strict=True):
+        hidden_ND = hidden_states(model, batch, hardware)
+        for hidden_RD, target_R in in_chunks(hidden_ND, batch.targets_BT.flatten(), len(weight_VD)):
             _add(sums, bins, (hidden_RD @ weight_VD.T).float(), target_R)
     model.train(training)
-    sums, bins = (
-        total(values.to(hardware.device, _widest(hardware)), hardware).double().cpu() for values in (sums, bins)
-    )
-    tokens, loss, correct, brier, entropy, log_z = sums.tolist()
-    in_bin = bins[0].clamp(min=1)
-    calibration = Calibration(bins[0].tolist(), (bins[1] / in_bin).tolist(), (bins[2] / in_bin).tolist())
-    mean = loss / tokens
+    widest = (
+        torch.float32 if hardware.device.type == "mps" else torch.float64
+    )  # the widest type that the device can add
+    sums, bins = (total(part.to(hardware.device, widest), hardware).double().cpu() for part in (sums, bins))
+    _, loss, accuracy, brier, entropy, log_z = (sums / sums[0]).tolist()
+    means = (bins / bins[0].clamp(min=1)).tolist()
+    calibration = Calibration(bins[0].tolist(), means[1], means[2])
     metrics = {
-        "loss": mean,
-        "perplexity": math.exp(min(mean, 700.0)),
-        "bits_per_byte": mean / math.log(2) / bytes_per_token,
-        "accuracy": correct / tokens,
+        "loss": loss,
+        "perplexity": math.exp(min(loss, 700.0)),
+        "bits_per_byte": loss / math.log(2) / bytes_per_token,
+        "accuracy": accuracy,
         "ece": calibration.error,
-        "brier": brier / tokens,
-        "entropy": entropy / tokens,
-        "log_z": log_z / tokens,
+        "brier": brier,
+        "entropy": entropy,
+        "log_z": log_z,
     }
     return metrics, calibration
 
 
-@torch.no_grad()
 def plain_loss(model: GPT, batches: EvaluationBatches, hardware: Hardware) -> float:
     """Cross-entropy alone, in evaluation mode, in nats per token: for the gap to the training split."""
     return evaluate(model, batches, hardware, 1.0)[0]["loss"]
 
 
+def hidden_states(model: GPT, batch: Batch, hardware: Hardware) -> Tensor:
+    """What the output matrix is multiplied with, for all N tokens of a batch: (N, D), in the type of the products."""
+    with hardware.autocast():
+        hidden_BTD: Tensor = model(batch.tokens_BT, batch.positions_BT, batch.documents_BT)
+    return hidden_BTD.flatten(0, 1).to(hardware.dtype)
+
+
+def in_chunks(hidden_ND: Tensor, targets_N: Tensor, vocab_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Parts of hidden states (..., N, D) and targets (N,) that are small enough for their logits to be held."""
+    rows = max(1, CHUNK_ELEMENTS // vocab_size)
+    return zip(torch.split(hidden_ND, rows, dim=-2), torch.split(targets_N, rows), strict=True)
+
+
 def _add(sums: Tensor, bins: Tensor, logits_RV: Tensor, target_R: Tensor) -> None:
-    """Add the sums of one chunk of tokens; the logits' memory is used up."""
+    """Add the sums of one chunk of tokens; the logits are overwritten."""
     log_z_R = logits_RV.logsumexp(-1)
     log_p_RV = logits_RV.sub_(log_z_R[:, None])
     loss_R = -log_p_RV.gather(-1, target_R[:, None]).squeeze(-1)
@@ -100,10 +113,5 @@ def _add(sums: Tensor, bins: Tensor, logits_RV: Tensor, target_R: Tensor) -> Non
     columns = torch.stack((ones_R, loss_R, correct_R, brier_R, entropy_R, log_z_R)).cpu().double()
     sums += columns.sum(1)
     bin_R = (confidence_R * BINS).ceil().long().clamp(1, BINS) - 1
-    for row, column in enumerate((ones_R, confidence_R, correct_R)):
-        bins[row].index_add_(0, bin_R.cpu(), column.cpu().double())
-
-
-def _widest(hardware: Hardware) -> torch.dtype:
-    """float64 wherever the device has it (mps has not)."""
-    return torch.float32 if hardware.device.type == "mps" else torch.float64
+    for row, column_R in zip(bins, (ones_R, confidence_R, correct_R), strict=True):
+        row.index_add_(0, bin_R.cpu(), column_R.cpu().double())

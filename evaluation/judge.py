@@ -8,7 +8,7 @@ from typing import Any
 
 import pictures
 from config import Config
-from data.loader import EvaluationBatches, evaluation_batches
+from data.loader import EvaluationBatches
 from data.shards import Corpus, Split
 from evaluation.diagnosis import diagnose
 from evaluation.evaluate import Calibration, evaluate, plain_loss
@@ -45,7 +45,7 @@ class Judge:
 
     def _batches(self, split: Split, max_tokens: int | None = None) -> EvaluationBatches:
         config = self.config
-        return evaluation_batches(
+        return EvaluationBatches(
             split, config.model.context_length, config.training.micro_size, max_tokens, config.data.isolate_documents
         )
 

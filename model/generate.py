@@ -40,9 +40,9 @@ def generate(
         top_k: only the k likeliest tokens are drawn (Fan 2018).
         top_p: only the likeliest tokens that together reach this probability are drawn (Holtzman 2020).
         generator: of the draws, which are made on its device; None: torch's own, on the CPU.
-        stop: the id of a token behind which a row holds only copies of it.
+        stop: the id of a token; behind the first one drawn, a row holds only copies of it.
 
-    Raises BadInput for a number out of range.
+    Raises BadInput for a number out of range, ValueError for tokens of another shape.
     """
     check_sampling(new_tokens, temperature, top_k, top_p)
     if tokens_BT.ndim != 2 or tokens_BT.shape[1] == 0:
@@ -69,11 +69,7 @@ def generate(
 
 
 def draw(
-    logits_BV: Tensor,
-    temperature: float,
-    top_k: int | None,
-    top_p: float | None,
-    generator: torch.Generator | None,
+    logits_BV: Tensor, temperature: float, top_k: int | None, top_p: float | None, generator: torch.Generator | None
 ) -> Tensor:
     """One token for each row, (B,), drawn from softmax(logits / temperature) cut to ``top_k`` and ``top_p``."""
     if temperature == 0:

@@ -6,14 +6,6 @@
 
 Shape suffixes: B batch, T time, S keys seen (cache + T), D width, F hidden width of the MLP, H query heads,
 K key/value heads, C width of a head, V vocabulary. Pre-norm blocks: x + attention(norm(x)), x + mlp(norm(x)).
-
-Initialisation (the table INITIAL below; every parameter matches exactly one row, or building fails):
-
-    embeddings, positions           normal, 0.02
-    matrices into a branch          normal, 0.02
-    matrices out of a branch        normal, 0.02 / sqrt(2 n_layers): the residual stream keeps its variance
-    untied output matrix            normal, 0.02
-    gains 1, biases 0
 """
 
 from __future__ import annotations
@@ -31,28 +23,31 @@ from randomness import torch_generator
 from regularizers.activations import Dropout, StochasticDepth, depth_rate
 from regularizers.inputs import InputChanges
 
+Rotation = tuple[Tensor, Tensor]  # cosines and sines of the positions, each (1, T, C/2) or (B, 1, T, C/2)
+
+# How the parameters begin: every one matches exactly one row, or building fails. Normal is N(0, 0.02²); matrices out of
+# a branch are drawn with 0.02 / sqrt(2 n_layers), so that the variance of the residual stream does not grow with depth.
 INITIAL = {
-    r"(embedding|positions)\.weight": "normal",
+    r"(embedding|positions|output)\.weight": "normal",
     r"blocks\.\d+\.(attention\.qkv|mlp\.input)\.weight": "normal",
     r"blocks\.\d+\.(attention|mlp)\.output\.weight": "residual",
-    r"output\.weight": "normal",
     r"(.*\.)?(\w+_)?norm\.weight": "one",
     r".*\.bias": "zero",
 }
 
 
 class Cache:
-    """Keys and values of the tokens already read, for generation: one (B, K, S, C) pair a layer."""
+    """Keys and values of the tokens already read, for generation: one (B, K, S, C) pair for each layer's attention."""
 
     def __init__(self) -> None:
-        self.layers: dict[int, tuple[Tensor, Tensor]] = {}
+        self.layers: dict[Attention, tuple[Tensor, Tensor]] = {}
 
     @property
     def length(self) -> int:
         """Tokens already read."""
-        return self.layers[0][0].shape[2] if self.layers else 0
+        return next((k_BKSC.shape[2] for k_BKSC, _ in self.layers.values()), 0)
 
-    def extend(self, layer: int, k_BKTC: Tensor, v_BKTC: Tensor) -> tuple[Tensor, Tensor]:
+    def extend(self, layer: Attention, k_BKTC: Tensor, v_BKTC: Tensor) -> tuple[Tensor, Tensor]:
         """Append the new keys and values of one layer; returns all of them, (B, K, S, C)."""
         if layer in self.layers:
             k_before, v_before = self.layers[layer]
@@ -76,14 +71,7 @@ class Attention(nn.Module):
         self.key_norm = nn.RMSNorm(width, config.norm_eps) if config.family == "qwen3" else None
         self.dropout = Dropout(dropout)
 
-    def forward(
-        self,
-        x_BTD: Tensor,
-        rotation: tuple[Tensor, Tensor] | None,
-        mask: Tensor | None,
-        layer: int,
-        cache: Cache | None,
-    ) -> Tensor:
+    def forward(self, x_BTD: Tensor, rotation: Rotation | None, mask: Tensor | None, cache: Cache | None) -> Tensor:
         q, k, v = self.qkv(x_BTD).split(self.sizes, dim=-1)
         q_BHTC = rearrange(q, "B T (H C) -> B H T C", C=self.width)
         k_BKTC = rearrange(k, "B T (K C) -> B K T C", C=self.width)
@@ -95,18 +83,20 @@ class Attention(nn.Module):
         # Norms and rotation are done in fp32; under autocast the products go on in the precision of v.
         q_BHTC, k_BKTC = q_BHTC.to(v_BKTC.dtype), k_BKTC.to(v_BKTC.dtype)
         if cache is not None:
-            k_BKTC, v_BKTC = cache.extend(layer, k_BKTC, v_BKTC)
+            k_BKTC, v_BKTC = cache.extend(self, k_BKTC, v_BKTC)
         y_BHTC = attend(q_BHTC, k_BKTC, v_BKTC, mask, self.dropout)
-        return self.output(rearrange(y_BHTC, "B H T C -> B T (H C)"))
+        out_BTD: Tensor = self.output(rearrange(y_BHTC, "B H T C -> B T (H C)"))
+        return out_BTD
 
 
 def attend(q_BHTC: Tensor, k_BKSC: Tensor, v_BKSC: Tensor, mask: Tensor | None, dropout: Dropout) -> Tensor:
-    """softmax(q·k/√C)·v with dropout of the weights; ``mask`` None means causal, else True where a key is seen.
+    """softmax(q·k/√C)·v with dropout of the weights, (B, H, T, C).
 
-    The fused kernel is used where it is the faster one. On a CPU it is not with dropout (140 against 80 ms for
-    8×6×256×64) nor in bf16 at short contexts (22 against 11 ms there): the weights are formed explicitly then.
+    ``mask`` is True where a key is seen, (T, S) or (B, 1, T, S); None: each token sees itself and those before it.
+
+    The fused kernel is used where it is the faster one. On a CPU it is not with dropout, nor in bf16 at contexts of up
+    to 512: the weights are formed explicitly then.
     """
-    k_BKSC, v_BKSC = k_BKSC.to(q_BHTC.dtype), v_BKSC.to(q_BHTC.dtype)
     batch, heads, time, width = q_BHTC.shape
     short = q_BHTC.dtype == torch.bfloat16 and 1 < time <= 512
     if q_BHTC.device.type == "cuda" or not (dropout.rate or (q_BHTC.device.type == "cpu" and short)):
@@ -120,12 +110,12 @@ def attend(q_BHTC: Tensor, k_BKSC: Tensor, v_BKSC: Tensor, mask: Tensor | None, 
     hidden = torch.zeros(mask.shape, dtype=q_BHTC.dtype, device=mask.device).masked_fill_(~mask, -math.inf)
     hidden = hidden.expand(batch, heads, time, -1).flatten(0, 1) if mask.ndim == 4 else hidden
     scores = torch.baddbmm(hidden, q_BHTC.flatten(0, 1) * width**-0.5, k_BHSC.flatten(0, 1).transpose(1, 2))
-    weights_BHTS = scores.view(batch, heads, time, -1).softmax(dim=-1)
-    return dropout(weights_BHTS).to(v_BHSC.dtype) @ v_BHSC
+    weights_BHTS: Tensor = dropout(scores.view(batch, heads, time, -1).softmax(dim=-1))
+    return weights_BHTS.to(v_BHSC.dtype) @ v_BHSC
 
 
 def rotate(x_BHTC: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary positions (Su 2021) in the rotate-half convention; cos and sin are (T, C/2) or (B, 1, T, C/2)."""
+    """Rotary positions (Su 2021) in the rotate-half convention; cos and sin are (T, C/2), or (B or 1, 1, T, C/2)."""
     first, second = x_BHTC.chunk(2, dim=-1)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
 
@@ -156,7 +146,8 @@ class MLP(nn.Module):
             hidden_BTF = F.silu(gate_BTF) * value_BTF
         else:
             hidden_BTF = gelu(self.input(x_BTD))
-        return self.output(self.dropout(hidden_BTF))
+        out_BTD: Tensor = self.output(self.dropout(hidden_BTF))
+        return out_BTD
 
 
 class Block(nn.Module):
@@ -171,18 +162,12 @@ class Block(nn.Module):
         self.residual_dropout = Dropout(rates.residual_dropout)
         self.stochastic_depth = StochasticDepth(depth_rate(rates.stochastic_depth, layer, config.n_layers))
 
-    def forward(
-        self,
-        x_BTD: Tensor,
-        rotation: tuple[Tensor, Tensor] | None,
-        mask: Tensor | None,
-        layer: int,
-        cache: Cache | None,
-    ) -> Tensor:
-        branch_BTD = self.attention(self.attention_norm(x_BTD), rotation, mask, layer, cache)
-        x_BTD = x_BTD + self.stochastic_depth(self.residual_dropout(branch_BTD))
-        branch_BTD = self.mlp(self.mlp_norm(x_BTD))
-        return x_BTD + self.stochastic_depth(self.residual_dropout(branch_BTD))
+    def forward(self, x_BTD: Tensor, rotation: Rotation | None, mask: Tensor | None, cache: Cache | None) -> Tensor:
+        x_BTD = x_BTD + self.stochastic_depth(
+            self.residual_dropout(self.attention(self.attention_norm(x_BTD), rotation, mask, cache))
+        )
+        x_BTD = x_BTD + self.stochastic_depth(self.residual_dropout(self.mlp(self.mlp_norm(x_BTD))))
+        return x_BTD
 
 
 class GPT(nn.Module):
@@ -221,24 +206,24 @@ class GPT(nn.Module):
     ) -> Tensor:
         """The final hidden states (B, T, D), after the last norm, in fp32 outside autocast.
 
-        positions_BT counts from the start of each document, and documents_BT numbers the documents of each
-        row, when documents are isolated; None: one stream. With a cache, the tokens follow those it holds. ``changes``
-        are what regularizers do to the embeddings of this micro-batch, in training.
+        positions_BT counts from the start of each document, and documents_BT numbers the documents of each row, when
+        documents are isolated; None: one stream. With a cache, the tokens follow those it holds. ``changes`` are what
+        regularizers do to the embeddings of this micro-batch, in training.
+
+        Raises ValueError for more tokens than the context has, those in the cache included.
         """
         past, time = (cache.length if cache else 0), tokens_BT.shape[1]
         if past + time > self.config.context_length:
             raise ValueError(f"{past + time} tokens exceed the model's context of {self.config.context_length}")
-        x_BTD = self.embedding(tokens_BT)
+        x_BTD: Tensor = self.embedding(tokens_BT)
         if changes is not None:
             x_BTD = changes.apply(x_BTD)
+        positions = slice(past, past + time) if positions_BT is None else positions_BT
         rotation = None
         if self.positions is not None:
-            where = positions_BT if positions_BT is not None else slice(past, past + time)
-            x_BTD = x_BTD + self.positions.weight[where]
-        elif positions_BT is not None:
-            rotation = (self.cos_TC[positions_BT][:, None], self.sin_TC[positions_BT][:, None])
+            x_BTD = x_BTD + self.positions.weight[positions]
         else:
-            rotation = (self.cos_TC[past : past + time], self.sin_TC[past : past + time])
+            rotation = (self.cos_TC[positions].unsqueeze(-3), self.sin_TC[positions].unsqueeze(-3))
         mask = None
         if documents_BT is not None:
             same_BTT = documents_BT[:, :, None] == documents_BT[:, None, :]
@@ -246,9 +231,10 @@ class GPT(nn.Module):
         elif past and time > 1:
             mask = torch.ones(time, past + time, dtype=torch.bool, device=tokens_BT.device).tril(past)
         x_BTD = self.embedding_dropout(x_BTD)
-        for layer, block in enumerate(self.blocks):
-            x_BTD = block(x_BTD, rotation, mask, layer, cache)
-        return self.norm(x_BTD)
+        for block in self.blocks:
+            x_BTD = block(x_BTD, rotation, mask, cache)
+        x_BTD = self.norm(x_BTD)
+        return x_BTD
 
     @property
     def output_weight(self) -> Tensor:
@@ -261,7 +247,10 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def initialize(self, seed: int) -> GPT:
-        """Draw all weights as the table INITIAL says, each from a generator of its own; returns the model."""
+        """Draw all weights as the table INITIAL says, each from a generator of its own; returns the model.
+
+        Raises ValueError for a parameter that the table does not have exactly once.
+        """
         for name, parameter in self.named_parameters():
             rules = [rule for pattern, rule in INITIAL.items() if re.fullmatch(pattern, name)]
             if len(rules) != 1:
@@ -275,7 +264,7 @@ class GPT(nn.Module):
         return self
 
     def count_parameters(self) -> int:
-        """Trained numbers; tied weights count once."""
+        """Trained elements; tied weights count once."""
         return sum(parameter.numel() for parameter in self.parameters())
 
 

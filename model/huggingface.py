@@ -1,6 +1,6 @@
 """Our models as Hugging Face's architectures of the same name, and back.
 
-The weights are the same numbers in another order; they are moved, never computed, so both directions are exact:
+The weights are the same values in another order; they are moved, never computed, so both directions are exact:
 
     gpt2          Conv1D keeps its matrices as (in, out), the transpose of ours
     llama, qwen3  queries, keys and values are three matrices, ours is one with rows q, k, v; gate and up likewise
@@ -23,58 +23,42 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from config import BadInput, Model
+from files import write_json
 from model.gpt import GPT
 from model.huggingface_config import ARCHITECTURES, config_json, model_from_config_json
 from randomness import torch_generator
 
-PREFIXES = {"gpt2": "transformer.", "llama": "model.", "qwen3": "model."}
 OUTPUT = "lm_head.weight"
+PREFIXES = {"gpt2": "transformer.", "llama": "model.", "qwen3": "model."}  # of all their names but OUTPUT
+BLOCKS = {"gpt2": "h", "llama": "layers", "qwen3": "layers"}
 
-# Our names and theirs outside the blocks, ...
-OUTSIDE = {
+# Our modules and theirs. Where they have several, a tensor of ours holds the rows of theirs one below the other.
+MODULES = {
     "gpt2": {
-        "embedding.weight": "transformer.wte.weight",
-        "positions.weight": "transformer.wpe.weight",
-        "norm.weight": "transformer.ln_f.weight",
-        "norm.bias": "transformer.ln_f.bias",
+        "embedding": ["wte"],
+        "positions": ["wpe"],
+        "norm": ["ln_f"],
+        "attention_norm": ["ln_1"],
+        "attention.qkv": ["attn.c_attn"],
+        "attention.output": ["attn.c_proj"],
+        "mlp_norm": ["ln_2"],
+        "mlp.input": ["mlp.c_fc"],
+        "mlp.output": ["mlp.c_proj"],
     },
     "llama": {
-        "embedding.weight": "model.embed_tokens.weight",
-        "norm.weight": "model.norm.weight",
+        "embedding": ["embed_tokens"],
+        "norm": ["norm"],
+        "attention_norm": ["input_layernorm"],
+        "attention.qkv": ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"],
+        "attention.query_norm": ["self_attn.q_norm"],  # qwen3 alone has these two
+        "attention.key_norm": ["self_attn.k_norm"],
+        "attention.output": ["self_attn.o_proj"],
+        "mlp_norm": ["post_attention_layernorm"],
+        "mlp.input": ["mlp.gate_proj", "mlp.up_proj"],
+        "mlp.output": ["mlp.down_proj"],
     },
 }
-OUTSIDE["qwen3"] = OUTSIDE["llama"]
-
-# ... and inside each of them. Where they have several tensors, ours holds their rows one below the other.
-BLOCKS = {"gpt2": "transformer.h", "llama": "model.layers", "qwen3": "model.layers"}
-INSIDE = {
-    "gpt2": {
-        "attention_norm.weight": ["ln_1.weight"],
-        "attention_norm.bias": ["ln_1.bias"],
-        "attention.qkv.weight": ["attn.c_attn.weight"],
-        "attention.qkv.bias": ["attn.c_attn.bias"],
-        "attention.output.weight": ["attn.c_proj.weight"],
-        "attention.output.bias": ["attn.c_proj.bias"],
-        "mlp_norm.weight": ["ln_2.weight"],
-        "mlp_norm.bias": ["ln_2.bias"],
-        "mlp.input.weight": ["mlp.c_fc.weight"],
-        "mlp.input.bias": ["mlp.c_fc.bias"],
-        "mlp.output.weight": ["mlp.c_proj.weight"],
-        "mlp.output.bias": ["mlp.c_proj.bias"],
-    },
-    "llama": {
-        "attention_norm.weight": ["input_layernorm.weight"],
-        "attention.qkv.weight": ["self_attn.q_proj.weight", "self_attn.k_proj.weight", "self_attn.v_proj.weight"],
-        "attention.output.weight": ["self_attn.o_proj.weight"],
-        "mlp_norm.weight": ["post_attention_layernorm.weight"],
-        "mlp.input.weight": ["mlp.gate_proj.weight", "mlp.up_proj.weight"],
-        "mlp.output.weight": ["mlp.down_proj.weight"],
-    },
-}
-INSIDE["qwen3"] = INSIDE["llama"] | {
-    "attention.query_norm.weight": ["self_attn.q_norm.weight"],
-    "attention.key_norm.weight": ["self_attn.k_norm.weight"],
-}
+MODULES["qwen3"] = MODULES["llama"]
 CONV1D = ("qkv.weight", "output.weight", "input.weight")  # of gpt2's blocks: every matrix there is
 BUFFERS = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq")  # constants that old checkpoints carry
 
@@ -82,26 +66,28 @@ BUFFERS = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq")  # constan
 # ---------------------------------------------------------------------------------------------- weights
 
 
-def names_of(config: Model) -> dict[str, list[str]]:
-    """Our name of every tensor, and the name or names that Hugging Face has for it."""
-    names = {ours: [theirs] for ours, theirs in OUTSIDE[config.family].items()}
-    for layer in range(config.n_layers):
-        for ours, theirs in INSIDE[config.family].items():
-            names[f"blocks.{layer}.{ours}"] = [f"{BLOCKS[config.family]}.{layer}.{name}" for name in theirs]
-    return names if config.tie_embeddings else names | {"output.weight": [OUTPUT]}
+def their_names(name: str, family: str) -> list[str]:
+    """The name or names that Hugging Face has for a tensor of ours. Raises ValueError for one that MODULES lacks."""
+    if name == "output.weight":
+        return [OUTPUT]
+    prefix, (module, _, kind) = PREFIXES[family], name.rpartition(".")
+    if module.startswith("blocks."):
+        _, layer, module = module.split(".", 2)
+        prefix += f"{BLOCKS[family]}.{layer}."
+    if module not in MODULES[family]:
+        raise ValueError(f"the table of model/huggingface.py lacks the model's {name}")
+    return [f"{prefix}{theirs}.{kind}" for theirs in MODULES[family][module]]
 
 
 def to_huggingface(model: GPT) -> dict[str, Tensor]:
     """All weights under Hugging Face's names, as copies on the model's device; no two share memory."""
-    config, ours = model.config, model.state_dict()
-    names = names_of(config)
-    if set(names) != set(ours):
-        raise ValueError(f"the tables of model/huggingface.py and the model differ in {sorted(set(names) ^ set(ours))}")
-    theirs = {}
-    for name, their_names in names.items():
-        tensor = ours[name].T if is_conv1d(config, name) else ours[name]
-        parts = tensor.split(rows_of(config, their_names)) if len(their_names) > 1 else [tensor]
-        for their_name, part in zip(their_names, parts, strict=True):
+    config, theirs = model.config, {}
+    for name, tensor in model.state_dict().items():
+        names = their_names(name, config.family)
+        heads = [config.n_heads, config.kv_heads, config.kv_heads]
+        rows = {1: [len(tensor)], 2: [config.hidden_width] * 2, 3: [n * config.head_width for n in heads]}[len(names)]
+        for their_name, part in zip(names, tensor.split(rows), strict=True):
+            part = part.T if is_conv1d(config, name) else part
             theirs[their_name] = part.detach().clone(memory_format=torch.contiguous_format)
     return theirs
 
@@ -115,24 +101,24 @@ def from_huggingface(tensors: dict[str, Tensor], config: Model, place: str = "th
     prefix = PREFIXES[config.family]
     if not any(name.startswith(prefix) for name in tensors):  # saved from the bare network, as OpenAI's GPT-2 is
         tensors = {name if name == OUTPUT else prefix + name: tensor for name, tensor in tensors.items()}
-    embedding = tensors.get(OUTSIDE[config.family]["embedding.weight"], torch.empty(1, 1))
+    embedding = tensors.get(their_names("embedding.weight", config.family)[0], torch.empty(1, 1))
     if config.tie_embeddings and OUTPUT in tensors and not torch.equal(tensors.pop(OUTPUT), embedding):
         raise BadInput(
             f"{place}: {OUTPUT} differs from the embedding though tie_word_embeddings is true (or left out); "
             "set it to false in config.json"
         )
-    check_tensors(tensors, config, len(embedding) if embedding.ndim else 1, place)
+    with torch.device("meta"):  # shapes without memory
+        model = GPT(config, len(embedding) if embedding.ndim else 1)
+    check_tensors(tensors, to_huggingface(model), config, place)
     ours = {}
-    for name, their_names in names_of(config).items():
-        joined = torch.cat([tensors[their_name].float() for their_name in their_names])
+    for name in model.state_dict():
+        joined = torch.cat([tensors[their_name].float() for their_name in their_names(name, config.family)])
         ours[name] = joined.T.contiguous() if is_conv1d(config, name) else joined
     return ours
 
 
-def check_tensors(tensors: dict[str, Tensor], config: Model, vocab_size: int, place: str) -> None:
-    """Raise BadInput unless ``tensors`` are exactly those of Hugging Face's model of this config."""
-    with torch.device("meta"):  # shapes without memory
-        expected = to_huggingface(GPT(config, vocab_size))
+def check_tensors(tensors: dict[str, Tensor], expected: dict[str, Tensor], config: Model, place: str) -> None:
+    """Raise BadInput unless ``tensors`` have the names and shapes of those ``expected``, in a precision we can read."""
     problems = []
     for name, tensor in tensors.items():
         shape = tuple(tensor.shape)
@@ -144,26 +130,15 @@ def check_tensors(tensors: dict[str, Tensor], config: Model, vocab_size: int, pl
             problems.append(f"{name} is {tensor.dtype}; only float32, bfloat16 and float16 can be read")
     problems += [f"{name} is missing" for name in expected if name not in tensors]
     if problems:
-        listed = [f"\n  {problem}" for problem in problems[:8]]
-        if len(problems) > 8:
-            listed.append(f"\n  and {len(problems) - 8} more")
-        raise BadInput(
-            f"{place} does not fit its config.json, which describes {config.family} with {config.n_layers} layers:"
-            + "".join(listed)
-            + "\n  correct config.json, or get the files again"
-        )
+        more = [f"and {len(problems) - 8} more"] if len(problems) > 8 else []
+        what = f"{place} does not fit its config.json, which describes {config.family} with {config.n_layers} layers:"
+        way_out = "correct config.json, or get the files again"
+        raise BadInput("\n  ".join([what, *problems[:8], *more, way_out]))
 
 
 def is_conv1d(config: Model, name: str) -> bool:
     """Whether Hugging Face keeps this matrix of ours transposed."""
     return config.family == "gpt2" and name.startswith("blocks.") and name.endswith(CONV1D)
-
-
-def rows_of(config: Model, their_names: list[str]) -> list[int]:
-    """How many rows of ours belong to each of several tensors of theirs."""
-    if len(their_names) == 2:
-        return [config.hidden_width, config.hidden_width]
-    return [heads * config.head_width for heads in (config.n_heads, config.kv_heads, config.kv_heads)]
 
 
 # ---------------------------------------------------------------------------------------------- directories
@@ -180,13 +155,11 @@ def write_directory(model: GPT, tokenizer_file: Path, directory: Path, end_of_te
     token = Tokenizer.from_file(str(tokenizer_file)).id_to_token(end_of_text)
     tokenizer_config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
-        "bos_token": token,
-        "eos_token": token,
-        "pad_token": token,
+        **dict.fromkeys(("bos_token", "eos_token", "pad_token"), token),
         "model_max_length": model.config.context_length,
         "clean_up_tokenization_spaces": False,  # decoding gives the text back as it was
     }
-    ends = {"bos_token_id": end_of_text, "eos_token_id": end_of_text, "pad_token_id": end_of_text}
+    ends = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), end_of_text)
     directory.mkdir(parents=True, exist_ok=True)
     write_json(directory / "config.json", config_json(model.config, model.vocab_size, end_of_text))
     write_json(directory / "tokenizer_config.json", tokenizer_config)
@@ -253,11 +226,6 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write a JSON object."""
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-
-
 # ---------------------------------------------------------------------------------------------- comparison
 
 
@@ -266,12 +234,13 @@ def compare_logits(model: GPT, directory: Path) -> float:
     """Largest difference of logits between ``model`` and ``directory`` as transformers loads it.
 
     Both read the same random tokens, in fp32 and evaluation mode, as long as the context (256 at most). The
-    difference is a share of the largest logit, or absolute if none exceeds 1; nan if a logit is no number.
+    difference is a share of the largest logit, or absolute if none exceeds 1; nan if a logit is nan.
     Raises BadInput when transformers finds a weight missing, unexpected or misshapen.
     """
     import transformers
 
-    transformers.utils.logging.disable_progress_bar()
+    logging: Any = transformers.utils.logging
+    logging.disable_progress_bar()
     loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
         directory,
         dtype=torch.float32,
@@ -293,4 +262,4 @@ def compare_logits(model: GPT, directory: Path) -> float:
     finally:
         model.train(training)
     theirs_BTV = theirs.eval()(tokens_BT).logits
-    return ((ours_BTV - theirs_BTV).abs().max() / theirs_BTV.abs().max().clamp(min=1)).item()
+    return float((ours_BTV - theirs_BTV).abs().max() / theirs_BTV.abs().max().clamp(min=1))

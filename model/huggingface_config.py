@@ -6,17 +6,58 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from config import BadInput, Model
+from config import BadInput, Model, all_errors
 
 ARCHITECTURES = {"gpt2": "GPT2LMHeadModel", "llama": "LlamaForCausalLM", "qwen3": "Qwen3ForCausalLM"}
 
+# Our name of every size, and theirs.
+SIZES = {
+    "gpt2": {
+        "n_layers": "n_layer",
+        "d_model": "n_embd",
+        "n_heads": "n_head",
+        "d_ff": "n_inner",
+        "context_length": "n_positions",
+        "norm_eps": "layer_norm_epsilon",
+    },
+    "llama": {
+        "n_layers": "num_hidden_layers",
+        "d_model": "hidden_size",
+        "n_heads": "num_attention_heads",
+        "n_kv_heads": "num_key_value_heads",
+        "head_dim": "head_dim",
+        "d_ff": "intermediate_size",
+        "context_length": "max_position_embeddings",
+        "norm_eps": "rms_norm_eps",
+        "rope_theta": "rope_theta",
+    },
+}
+SIZES["qwen3"] = SIZES["llama"]
+
+# What transformers takes for what a config.json leaves out.
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "gpt2": {"n_inner": None, "layer_norm_epsilon": 1e-5, "tie_word_embeddings": True},
+    "llama": {"num_key_value_heads": None, "head_dim": None, "rms_norm_eps": 1e-6, "rope_theta": 10000.0},
+}
+DEFAULTS["qwen3"] = DEFAULTS["llama"] | {"num_key_value_heads": 32, "head_dim": 128}
+
+# What could be another network than ours: the values that are not, of which the first is written.
+FIXED: dict[str, dict[str, tuple[Any, ...]]] = {
+    "gpt2": {
+        "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
+        "scale_attn_weights": (True,),
+        "scale_attn_by_inverse_layer_idx": (False, None),
+        "add_cross_attention": (False, None),
+    },
+    "llama": {"hidden_act": ("silu",), "attention_bias": (False, None), "mlp_bias": (False, None)},
+    "qwen3": {"hidden_act": ("silu",), "attention_bias": (False, None), "use_sliding_window": (False, None)},
+}
+
 
 def config_json(config: Model, vocab_size: int, end_of_text: int) -> dict[str, Any]:
-    """The config.json from which transformers (5, and 4 since it knows the family) builds exactly our network.
-
-    Raises BadInput for a shape that transformers refuses.
-    """
-    common = {
+    """The config.json from which transformers (5, and 4 since it knows the family) builds exactly our network."""
+    sizes = vars(config) | {"n_kv_heads": config.kv_heads, "head_dim": config.head_width, "d_ff": config.hidden_width}
+    content = {
         "architectures": [ARCHITECTURES[config.family]],
         "model_type": config.family,
         "vocab_size": vocab_size,
@@ -25,38 +66,15 @@ def config_json(config: Model, vocab_size: int, end_of_text: int) -> dict[str, A
         "tie_word_embeddings": config.tie_embeddings,
         "dtype": "float32",
         "torch_dtype": "float32",  # its name before transformers 4.56
+        **{theirs: sizes[ours] for ours, theirs in SIZES[config.family].items()},
+        **{name: allowed[0] for name, allowed in FIXED[config.family].items()},
     }
     if config.family == "gpt2":
-        return common | {
-            "n_layer": config.n_layers,
-            "n_embd": config.d_model,
-            "n_head": config.n_heads,
-            "n_inner": config.hidden_width,
-            "n_positions": config.context_length,
-            "n_ctx": config.context_length,
-            "activation_function": "gelu_new",
-            "layer_norm_epsilon": config.norm_eps,
-            "embd_pdrop": 0.0,
-            "attn_pdrop": 0.0,
-            "resid_pdrop": 0.0,
-            "summary_first_dropout": 0.0,
-        }
-    return common | {
-        "num_hidden_layers": config.n_layers,
-        "hidden_size": config.d_model,
-        "num_attention_heads": config.n_heads,
-        "num_key_value_heads": config.kv_heads,
-        "head_dim": config.head_width,
-        "intermediate_size": config.hidden_width,
-        "max_position_embeddings": config.context_length,
-        "hidden_act": "silu",
-        "rms_norm_eps": config.norm_eps,
-        "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
-        "rope_theta": config.rope_theta,  # where it was before transformers 5
-        "attention_bias": False,
-        "attention_dropout": 0.0,
-        **({"mlp_bias": False} if config.family == "llama" else {"use_sliding_window": False, "sliding_window": None}),
-    }
+        dropouts = ("embd_pdrop", "attn_pdrop", "resid_pdrop", "summary_first_dropout")
+        return content | {"n_ctx": config.context_length, **dict.fromkeys(dropouts, 0.0)}
+    # Before transformers 5 only the rope_theta beside the sizes was there.
+    rope = {"rope_type": "default", "rope_theta": config.rope_theta}
+    return content | {"rope_parameters": rope, "attention_dropout": 0.0}
 
 
 def model_from_config_json(content: dict[str, Any], place: str = "config.json") -> tuple[Model, int]:
@@ -69,71 +87,41 @@ def model_from_config_json(content: dict[str, Any], place: str = "config.json") 
         raise BadInput(f"{place}: model_type is {family!r}; only {', '.join(ARCHITECTURES)} can be read")
     try:
         refuse_what_differs(content, family, place)
-        if family == "gpt2":
-            shape = {
-                "n_layers": content["n_layer"],
-                "d_model": content["n_embd"],
-                "n_heads": content["n_head"],
-                "d_ff": content.get("n_inner") or 4 * content["n_embd"],
-                "context_length": content["n_positions"],
-                "norm_eps": content.get("layer_norm_epsilon", 1e-5),
-            }
-        else:
-            shape = {
-                "n_layers": content["num_hidden_layers"],
-                "d_model": content["hidden_size"],
-                "n_heads": content["num_attention_heads"],
-                "n_kv_heads": content.get("num_key_value_heads", 32 if family == "qwen3" else None),
-                "head_dim": content.get("head_dim", 128 if family == "qwen3" else None),
-                "d_ff": content["intermediate_size"],
-                "context_length": content["max_position_embeddings"],
-                "norm_eps": content.get("rms_norm_eps", 1e-6),
-                "rope_theta": rope_of(content).get("rope_theta", content.get("rope_theta", 10000.0)),
-            }
+        theirs = {"tie_word_embeddings": False, **DEFAULTS[family], **content, **rope_of(content)}
+        shape = {ours: theirs[name] for ours, name in SIZES[family].items()}
+        shape["d_ff"] = shape["d_ff"] or 4 * shape["d_model"]
         if shape.get("head_dim") and shape["head_dim"] * shape["n_heads"] == shape["d_model"]:
             shape["head_dim"] = None  # what it would be anyway
         if shape.get("n_kv_heads") == shape["n_heads"]:
             shape["n_kv_heads"] = None
-        tied = content.get("tie_word_embeddings", family == "gpt2")
-        vocab_size = content["vocab_size"]
+        vocab_size = theirs["vocab_size"]
         if type(vocab_size) is not int or vocab_size < 1:
             raise BadInput(f"{place}: vocab_size is {vocab_size!r}; it must be a whole number above 0")
-        return Model(family=family, tie_embeddings=tied, **shape), vocab_size
+        return Model(family=family, tie_embeddings=theirs["tie_word_embeddings"], **shape), vocab_size
     except KeyError as problem:
         raise BadInput(f"{place} lacks {problem}, which transformers writes; get the file again") from None
-    except ValidationError as problem:
-        wrong = [" ".join([*map(str, error["loc"]), error["msg"]]) for error in problem.errors()]
-        raise BadInput(f"{place} describes a network that cannot be built: {'; '.join(wrong)}") from None
-    except TypeError as problem:
-        raise BadInput(f"{place} describes a network that cannot be built: {problem}") from None
+    except (TypeError, ValidationError) as problem:
+        wrong = all_errors(problem) if isinstance(problem, ValidationError) else problem
+        raise BadInput(f"{place} describes a network that cannot be built: {wrong}") from None
 
 
 def refuse_what_differs(content: dict[str, Any], family: str, place: str) -> None:
     """Raise BadInput if config.json asks for something that would give other logits than our network's."""
-    rope = rope_of(content)
-    activations = ("gelu_new", "gelu_pytorch_tanh") if family == "gpt2" else ("silu",)
-    activation = "activation_function" if family == "gpt2" else "hidden_act"
-    refused = {
-        "architectures": content.get("architectures") not in (None, [ARCHITECTURES[family]]),
-        activation: content.get(activation, activations[0]) not in activations,
-        "quantization_config": content.get("quantization_config") is not None,
-        "auto_map": content.get("auto_map") is not None,  # code of its own
-        "scale_attn_weights": content.get("scale_attn_weights", True) is not True,
-        "scale_attn_by_inverse_layer_idx": bool(content.get("scale_attn_by_inverse_layer_idx")),
-        "add_cross_attention": bool(content.get("add_cross_attention")),
-        "attention_bias": bool(content.get("attention_bias")),
-        "mlp_bias": bool(content.get("mlp_bias")),
-        "rope_parameters": rope.get("rope_type", rope.get("type", "default")) != "default"
-        or set(rope) - {"rope_type", "type", "rope_theta", "partial_rotary_factor"} != set()
-        or rope.get("partial_rotary_factor", 1.0) != 1.0,
-        "partial_rotary_factor": content.get("partial_rotary_factor", 1.0) != 1.0,
-        "use_sliding_window": bool(content.get("use_sliding_window")),
-        "layer_types": not set(map(str, content.get("layer_types") or [])) <= {"full_attention"},
+    allowed = FIXED[family] | {
+        "architectures": ([ARCHITECTURES[family]], None),
+        "quantization_config": (None,),
+        "auto_map": (None,),  # code of its own
+        "partial_rotary_factor": (1.0,),
     }
-    found = [name for name, differs in refused.items() if differs]
-    if found:
-        said = "; ".join(f"{name} = {rope if name == 'rope_parameters' else content.get(name)!r}" for name in found)
-        raise BadInput(f"{place}: {said}: our {family} has no such thing; choose another model")
+    found = [name for name, values in allowed.items() if content.get(name, values[0]) not in values]
+    if not set(map(str, content.get("layer_types") or [])) <= {"full_attention"}:
+        found.append("layer_types")
+    said = [f"{name} = {content[name]!r}" for name in found]
+    rope = {"rope_type": "default", "type": "default", "partial_rotary_factor": 1.0}
+    if any(value != rope.get(name) for name, value in rope_of(content).items() if name != "rope_theta"):
+        said.append(f"rope_parameters = {rope_of(content)!r}")
+    if said:
+        raise BadInput(f"{place}: {'; '.join(said)}: our {family} has no such thing; choose another model")
 
 
 def rope_of(content: dict[str, Any]) -> dict[str, Any]:

@@ -15,6 +15,7 @@ Shape suffixes: N tokens, R tokens of one chunk, D width, V vocabulary, P vocabu
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -23,10 +24,11 @@ from torch.nn import functional as F
 
 from config import Regularizers
 
-# Numbers in the logits of one chunk: 64 MB in fp32 on a CPU; GPUs want larger products to be busy.
-CHUNK_NUMBERS = {"cpu": 2**24, "cuda": 2**28}
+# Elements of the logits of one chunk: 64 MB in fp32 on a CPU; GPUs want larger products to be busy.
+CHUNK_ELEMENTS = {"cpu": 2**24, "cuda": 2**28}
 # GPUs multiply matrices fast whose rows are aligned: there the products, and nothing else, see V rounded up to this.
 VOCABULARY_MULTIPLE = {"cuda": 64}
+TERMS = ("objective", "loss", "z_loss", "entropy")
 
 
 def objective(
@@ -54,8 +56,9 @@ def objective(
         they are on, ``z_loss`` (the penalty, weighted) and ``entropy`` (nats, unweighted). fp32 scalars, or the
         dtype of hidden_ND if that is float64.
     """
-    knobs = (config.label_smoothing, config.z_loss, config.entropy_penalty)
-    value, loss, z_loss, entropy = _ChunkedObjective.apply(hidden_ND, weight_VD, targets_N, knobs, n_targets, mixed)
+    value, loss, z_loss, entropy = _ChunkedObjective.apply(  # type: ignore[no-untyped-call]
+        hidden_ND, weight_VD, targets_N, config, n_targets, mixed
+    )
     terms = {"objective": value, "loss": loss}
     if config.z_loss:
         terms["z_loss"] = z_loss
@@ -69,6 +72,75 @@ def padded(matrix: Tensor, rows: int = 0, columns: int = 0) -> Tensor:
     return F.pad(matrix, (0, columns, 0, rows)) if rows or columns else matrix
 
 
+@dataclass(frozen=True)
+class _Targets:
+    """What the R tokens of a chunk are to predict, and the weight of each; with mixup two targets and their shares."""
+
+    first_R1: Tensor
+    weight_R1: Tensor
+    second_R1: Tensor | None = None
+    share_R1: Tensor | None = None
+
+    def pick(self, z_RV: Tensor) -> Tensor:
+        """The logit of each token's target, or the mixture of its targets' logits (R, 1)."""
+        z_R1 = z_RV.gather(1, self.first_R1)
+        if self.second_R1 is not None and self.share_R1 is not None:
+            z_R1 = torch.lerp(z_RV.gather(1, self.second_R1), z_R1, self.share_R1)
+        return z_R1
+
+    def add(self, grad_RV: Tensor, value_R1: Tensor) -> None:
+        """Add a value to the gradient of what ``pick`` picked."""
+        if self.second_R1 is not None and self.share_R1 is not None:
+            grad_RV.scatter_add_(1, self.second_R1, value_R1 * (1 - self.share_R1))
+            value_R1 = value_R1 * self.share_R1
+        grad_RV.scatter_add_(1, self.first_R1, value_R1)
+
+
+class _Chunk:
+    """The objective's terms of R tokens; the memory of their logits is used up."""
+
+    def __init__(self, z_RV: Tensor, targets: _Targets, config: Regularizers) -> None:
+        self.targets, self.config = targets, config
+        self.spread = config.label_smoothing / (z_RV.shape[1] - 1)
+        z_target_R1 = targets.pick(z_RV)
+        z_sum_R1 = z_RV.sum(1, keepdim=True) if self.spread else None
+        highest_R1 = z_RV.amax(1, keepdim=True)
+        shifted_RV = z_RV.sub_(highest_R1)
+        # Without the entropy the logits are not needed again: their memory becomes the probabilities'.
+        self.p_RV = shifted_RV.exp() if config.entropy_penalty else shifted_RV.exp_()
+        partition_R1 = self.p_RV.sum(1, keepdim=True)
+        self.log_z_R1 = highest_R1 + partition_R1.log()
+        self.p_RV.div_(partition_R1)
+
+        loss_R1 = self.log_z_R1 - z_target_R1
+        self.terms_R1 = {"objective": loss_R1, "loss": loss_R1}
+        if z_sum_R1 is not None:
+            on_target_R1 = (1 - config.label_smoothing) * z_target_R1
+            self.terms_R1["objective"] = self.log_z_R1 - on_target_R1 - self.spread * (z_sum_R1 - z_target_R1)
+        if config.z_loss:
+            self.terms_R1["z_loss"] = config.z_loss * self.log_z_R1.square()
+            self.terms_R1["objective"] = self.terms_R1["objective"] + self.terms_R1["z_loss"]
+        if config.entropy_penalty:
+            self.log_p_RV = shifted_RV.sub_(partition_R1.log())
+            self.terms_R1["entropy"] = -(self.p_RV * self.log_p_RV).sum(1, keepdim=True)
+            penalty_R1 = config.entropy_penalty * self.terms_R1["entropy"]
+            self.terms_R1["objective"] = self.terms_R1["objective"] - penalty_R1
+
+    def gradient(self) -> Tensor:
+        """d objective / dz = w·[(1 + 2cL + β(log p + H))·p − smoothed target], (R, V), in the probabilities' memory."""
+        config, weight_R1 = self.config, self.targets.weight_R1
+        scale_R1 = weight_R1 * (1 + 2 * config.z_loss * self.log_z_R1) if config.z_loss else weight_R1
+        if config.entropy_penalty:
+            beta_R1 = config.entropy_penalty * weight_R1
+            grad_RV = self.p_RV.mul_(self.log_p_RV.add_(self.terms_R1["entropy"]).mul_(beta_R1).add_(scale_R1))
+        else:
+            grad_RV = self.p_RV.mul_(scale_R1)
+        if self.spread:
+            grad_RV.sub_(self.spread * weight_R1)
+        self.targets.add(grad_RV, -(1 - config.label_smoothing - self.spread) * weight_R1)
+        return grad_RV
+
+
 class _ChunkedObjective(torch.autograd.Function):
     """Computes the gradients in the forward pass, one chunk of tokens at a time."""
 
@@ -78,88 +150,44 @@ class _ChunkedObjective(torch.autograd.Function):
         hidden_ND: Tensor,
         weight_VD: Tensor,
         targets_N: Tensor,
-        knobs: tuple[float, float, float],
+        config: Regularizers,
         n_targets: float,
         mixed: tuple[Tensor, Tensor] | None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        smoothing, c, beta = knobs
-        padding = -len(weight_VD) % VOCABULARY_MULTIPLE.get(hidden_ND.device.type, 1)
+        kind, vocabulary = hidden_ND.device.type, len(weight_VD)
+        padding = -vocabulary % VOCABULARY_MULTIPLE.get(kind, 1)
         weight_PD = padded(weight_VD.to(hidden_ND.dtype), rows=padding)
         exact = torch.float64 if hidden_ND.dtype == torch.float64 else torch.float32
-        vocabulary = len(weight_VD)
-        spread = smoothing / (vocabulary - 1)
         needs_hidden, needs_weight = context.needs_input_grad[:2]
         hidden_grad = torch.empty_like(hidden_ND) if needs_hidden else None
         weight_grad = torch.zeros_like(weight_VD, dtype=exact) if needs_weight else None
-        sums = torch.zeros(4, dtype=exact, device=hidden_ND.device)
-        rows = max(64, CHUNK_NUMBERS.get(hidden_ND.device.type, 2**24) // vocabulary)
-        with torch.autocast(hidden_ND.device.type, enabled=False):
-            for start in range(0, hidden_ND.shape[0], rows):
-                hidden_RD = hidden_ND[start : start + rows]
-                target_R1 = targets_N[start : start + rows, None]
-                w_R1 = (target_R1 >= 0).to(exact) / n_targets
-                target_R1 = target_R1.clamp(min=0)
-                z_RV = (hidden_RD @ weight_PD.T)[:, :vocabulary].to(exact)
-                z_target_R1 = z_RV.gather(1, target_R1)
+        sums = {name: torch.zeros((), dtype=exact, device=hidden_ND.device) for name in TERMS}
+        rows = max(64, CHUNK_ELEMENTS.get(kind, 2**24) // vocabulary)
+        with torch.autocast(kind, enabled=False):
+            for start in range(0, len(hidden_ND), rows):
+                part = slice(start, start + rows)
+                z_RV = (hidden_ND[part] @ weight_PD.T)[:, :vocabulary].to(exact)
+                target_R1 = targets_N[part, None]
+                weight_R1 = (target_R1 >= 0).to(exact) / n_targets
+                targets = _Targets(target_R1.clamp(min=0), weight_R1)
                 if mixed is not None:
-                    other_R1, share_R1 = (part[start : start + rows, None] for part in mixed)
-                    z_target_R1 = torch.lerp(z_RV.gather(1, other_R1), z_target_R1, share_R1.to(exact))
-                z_sum_R1 = z_RV.sum(1, keepdim=True) if spread else None
-                highest_R1 = z_RV.amax(1, keepdim=True)
-                if beta:
-                    z_RV = z_RV.sub_(highest_R1)
-                    p_RV = z_RV.exp()
-                else:  # the logits are not needed again: their memory becomes the probabilities'
-                    p_RV = z_RV.sub_(highest_R1).exp_()
-                partition_R1 = p_RV.sum(1, keepdim=True)
-                log_z_R1 = highest_R1 + partition_R1.log()
-                p_RV.div_(partition_R1)
-
-                loss_R1 = log_z_R1 - z_target_R1
-                objective_R1 = loss_R1
-                if z_sum_R1 is not None:
-                    objective_R1 = log_z_R1 - (1 - smoothing) * z_target_R1 - spread * (z_sum_R1 - z_target_R1)
-                if c:
-                    z_loss_R1 = c * log_z_R1.square()
-                    objective_R1 = objective_R1 + z_loss_R1
-                    sums[2] += (w_R1 * z_loss_R1).sum()
-                if beta:
-                    log_p_RV = z_RV.sub_(partition_R1.log())
-                    entropy_R1 = -(p_RV * log_p_RV).sum(1, keepdim=True)
-                    objective_R1 = objective_R1 - beta * entropy_R1
-                    sums[3] += (w_R1 * entropy_R1).sum()
-                sums[0] += (w_R1 * objective_R1).sum()
-                sums[1] += (w_R1 * loss_R1).sum()
+                    second_R1, share_R1 = mixed[0][part, None], mixed[1][part, None].to(exact)
+                    targets = replace(targets, second_R1=second_R1, share_R1=share_R1)
+                chunk = _Chunk(z_RV, targets, config)
+                for name, term_R1 in chunk.terms_R1.items():
+                    sums[name] += (weight_R1 * term_R1).sum()
                 if hidden_grad is None and weight_grad is None:
                     continue
-
-                # d objective / dz = w·[(1 + 2cL + β(log p + H))·p − smoothed target]
-                scale_R1 = w_R1 * (1 + 2 * c * log_z_R1) if c else w_R1
-                if beta:
-                    log_p_RV.add_(entropy_R1).mul_(beta * w_R1).add_(scale_R1)
-                    grad_RV = p_RV.mul_(log_p_RV)
-                else:
-                    grad_RV = p_RV.mul_(scale_R1)
-                if spread:
-                    grad_RV.sub_(spread * w_R1)
-                on_target_R1 = -(1 - smoothing - spread) * w_R1
-                if mixed is not None:
-                    grad_RV.scatter_add_(1, other_R1, on_target_R1 * (1 - share_R1))
-                    on_target_R1 = on_target_R1 * share_R1
-                grad_RV.scatter_add_(1, target_R1, on_target_R1.to(exact))
-                grad_RP = padded(grad_RV.to(hidden_ND.dtype), columns=padding)
+                grad_RP = padded(chunk.gradient().to(hidden_ND.dtype), columns=padding)
                 if hidden_grad is not None:
-                    torch.mm(grad_RP, weight_PD, out=hidden_grad[start : start + rows])
+                    torch.mm(grad_RP, weight_PD, out=hidden_grad[part])
                 if weight_grad is not None:
-                    if exact == hidden_ND.dtype and not padding:
-                        weight_grad.addmm_(grad_RP.T, hidden_RD)
-                    else:
-                        weight_grad += (grad_RP.T @ hidden_RD)[:vocabulary]
+                    _add_product(weight_grad, grad_RP, hidden_ND[part])
         weight_grad = weight_grad.to(weight_VD.dtype) if weight_grad is not None else None
         context.save_for_backward(hidden_grad, weight_grad)
-        value, loss, z_loss, entropy = sums.unbind()
+        value, loss, z_loss, entropy = sums.values()
         context.mark_non_differentiable(loss, z_loss, entropy)
-        return value.clone(), loss, z_loss, entropy
+        return value, loss, z_loss, entropy
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -168,3 +196,11 @@ class _ChunkedObjective(torch.autograd.Function):
         # The objective is the last thing before backward(): its own gradient is a scalar, nearly always 1.
         scaled = [grad if grad is None else grad * value_grad.to(grad.dtype) for grad in (hidden_grad, weight_grad)]
         return scaled[0], scaled[1], None, None, None, None
+
+
+def _add_product(weight_grad: Tensor, grad_RP: Tensor, hidden_RD: Tensor) -> None:
+    """Add a chunk's gradient of the output matrix, which has no padding, in place."""
+    if weight_grad.dtype == hidden_RD.dtype and len(weight_grad) == grad_RP.shape[1]:
+        weight_grad.addmm_(grad_RP.T, hidden_RD)
+    else:
+        weight_grad += (grad_RP.T @ hidden_RD)[: len(weight_grad)]

@@ -27,9 +27,8 @@ PARTS = ("steps", "losses", "pipeline", "processes", "precision", "race")
 
 def main(arguments: list[str]) -> int:
     """Measure the parts asked for, print each as it is done."""
-    parser = argparse.ArgumentParser(
-        "python -m scripts.benchmark", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    plain = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser("python -m scripts.benchmark", description=__doc__, formatter_class=plain)
     parser.add_argument("parts", nargs="*", metavar="PART", help="what to measure (default: all but race)")
     parser.add_argument("--rounds", type=int, default=None, help="how often each is measured")
     parser.add_argument("--text", default="tinyshakespeare.txt", help="race: the text (default: %(default)s)")

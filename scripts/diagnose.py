@@ -8,24 +8,22 @@ python -m scripts.diagnose --list
 from __future__ import annotations
 
 import argparse
+import json
 import shutil
 import textwrap
 from pathlib import Path
+from typing import Any
 
 from command_line import parse
-from config import BadInput, Config, Regularizers
+from config import BadInput, Regularizers
 from program import FINISHED, run
 
 
 def main(arguments: list[str]) -> int:
     """Print the diagnosis or the table; draw the curves if asked to. Does not import torch."""
     parser = argparse.ArgumentParser("python -m scripts.diagnose", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument(
-        "curves",
-        nargs="?",
-        metavar="RUN_OR_FILE",
-        help="a run directory, a metrics.jsonl, or a CSV or JSONL with columns such as step, train_loss, val_loss",
-    )
+    what = "a run directory, a metrics.jsonl, or a CSV or JSONL with columns such as step, train_loss, val_loss"
+    parser.add_argument("curves", nargs="?", metavar="RUN_OR_FILE", help=what)
     parser.add_argument("--picture", metavar="OUT.png", help="draw the curves, with the verdict below")
     parser.add_argument("--list", action="store_true", help="every regularizer: kind, off value, typical value, doc")
     options = parser.parse_args(arguments)
@@ -38,8 +36,11 @@ def main(arguments: list[str]) -> int:
     from evaluation.curves import read_curves
     from evaluation.diagnosis import diagnose
 
-    records = read_curves(options.curves)
-    diagnosis = diagnose(records, config_of(Path(options.curves)))
+    path = Path(options.curves)
+    records = read_curves(path)
+    file = (path if path.is_dir() else path.parent) / "config.yaml"
+    ours = file.is_file() and (path.is_dir() or path.name == "metrics.jsonl")
+    diagnosis = diagnose(records, parse([str(file)]) if ours else None)
     print(diagnosis.text())
     if options.picture:
         import pictures
@@ -47,42 +48,26 @@ def main(arguments: list[str]) -> int:
         picture = Path(options.picture)
         if not picture.parent.is_dir():
             raise BadInput(f"there is no directory {picture.parent} for the picture; make it or name another")
-        pictures.curves(records, picture, Path(options.curves).name, diagnosis.headline)
+        pictures.curves(records, picture, path.name, diagnosis.headline)
         print(f"curves            {picture}")
     return FINISHED
-
-
-def config_of(path: Path) -> Config | None:
-    """The config that lies beside the curves; None for other people's files."""
-    file = (path if path.is_dir() else path.parent) / "config.yaml"
-    if not file.is_file() or not (path.is_dir() or path.name == "metrics.jsonl"):
-        return None
-    return parse([str(file)])
 
 
 def knobs_table(width: int) -> str:
     """Every knob of the regularizers section, in the order of config.py, its doc wrapped to ``width`` characters."""
     width = max(60, min(width, 140))
-    rows = [("knob", "kind", "off", "typical")]
-    docs = [""]
-    for name, field in Regularizers.model_fields.items():
-        extra = field.json_schema_extra
-        assert isinstance(extra, dict), f"{name} declares no kind"
-        rows.append((name, str(extra["kind"]), written(extra["off"]), written(extra["typical"])))
-        docs.append(" ".join((field.description or "").split()))
-    widths = [max(len(row[column]) for row in rows) for column in range(4)]
+    rows, docs = [("knob", "kind", "off", "typical")], [""]
+    for name, knob in Regularizers.model_fields.items():
+        extra: Any = knob.json_schema_extra
+        off, typical = (json.dumps(extra[key]).strip('"') for key in ("off", "typical"))
+        rows.append((name, extra["kind"], off, typical))
+        docs.append(" ".join((knob.description or "").split()))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = []
     for row, doc in zip(rows, docs, strict=True):
-        lines.append("  ".join(cell.ljust(size) for cell, size in zip(row, widths, strict=True)).rstrip())
+        lines.append("  ".join(map(str.ljust, row, widths)).rstrip())
         lines += textwrap.wrap(doc, width, initial_indent="    ", subsequent_indent="    ")
     return "\n".join(lines)
-
-
-def written(value: object) -> str:
-    """A value as one would write it on the command line."""
-    if value is None or isinstance(value, bool):
-        return {None: "null", True: "true", False: "false"}[value]
-    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 if __name__ == "__main__":

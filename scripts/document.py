@@ -6,13 +6,13 @@ python -m scripts.document
 from __future__ import annotations
 
 import argparse
+import json
 from pathlib import Path
 from typing import Any
 
 from command_line import type_text
 from config import BadInput, Regularizers
 from program import FINISHED, run
-from scripts.diagnose import written
 
 PAGE = Path(__file__).parent.parent / "docs/regularizers.md"
 BEGIN, END = "<!-- table: written by python -m scripts.document -->\n", "<!-- end of the table -->\n"
@@ -41,7 +41,7 @@ def table() -> str:
     rows = [["knob", "kind", "off", "typical", "range", "what it does"], ["---"] * 6]
     for name, field in Regularizers.model_fields.items():
         declared: Any = field.json_schema_extra
-        values = [written(declared["off"]), written(declared["typical"]), type_text(field)]
+        values = [*(json.dumps(declared[key]).strip('"') for key in ("off", "typical")), type_text(field)]
         doc = " ".join((field.description or "").split())
         rows.append([f"`{name}`", declared["kind"], *(f"`{value}`" for value in values), doc])
     return "".join("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |\n" for row in rows)

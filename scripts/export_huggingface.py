@@ -8,12 +8,11 @@ from __future__ import annotations
 import argparse
 import os
 import shutil
-import sys
 from importlib.util import find_spec
 from pathlib import Path
 
-from config import BadInput
-from program import FAILED, FINISHED, run
+from config import BadInput, Failure
+from program import FINISHED, run
 
 LARGEST_DIFFERENCE = 1e-5  # of logits, as a share of the largest
 
@@ -26,7 +25,9 @@ def main(arguments: list[str]) -> int:
     options = parser.parse_args(arguments)
     out = Path(options.out).resolve()
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise BadInput(f"{out} exists and is not an empty directory; choose another place, or remove it first")
+        raise BadInput(f"{out} exists and is not an empty directory; choose another one, or remove it first")
+
+    from safetensors import SafetensorError
 
     from data.tokenizers import end_of_text, load_tokenizer
     from model.huggingface import compare_logits, write_directory
@@ -43,23 +44,20 @@ def main(arguments: list[str]) -> int:
             difference = compare_logits(model, temporary)
             compared = f"largest difference of logits to transformers: {difference:.1e} of the largest logit"
             if not difference <= LARGEST_DIFFERENCE:  # nan too
-                print(
-                    f"error: {compared}; at most {LARGEST_DIFFERENCE:.0e} is allowed, nothing written", file=sys.stderr
-                )
-                return FAILED
+                raise Failure(f"{compared}; at most {LARGEST_DIFFERENCE:.0e} is allowed, nothing written")
         temporary.rename(out)
-    except OSError as problem:
-        raise BadInput(f"cannot write {out}: {problem.strerror or problem}; check permissions and space") from problem
+    except (OSError, SafetensorError) as problem:
+        raise BadInput(f"cannot write {out}: {problem}; check permissions and space") from problem
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
     family, parameters = model.config.family, model.count_parameters()
     print(f"{out}: {family}, {parameters:,} parameters, {', '.join(sorted(file.name for file in out.iterdir()))}")
-    print(compared)
-    print("load it with:")
-    print("  from transformers import AutoModelForCausalLM, AutoTokenizer")
-    print(f"  model = AutoModelForCausalLM.from_pretrained({str(out)!r})")
-    print(f"  tokenizer = AutoTokenizer.from_pretrained({str(out)!r})")
+    print(f"""{compared}
+load it with:
+  from transformers import AutoModelForCausalLM, AutoTokenizer
+  model = AutoModelForCausalLM.from_pretrained({str(out)!r})
+  tokenizer = AutoTokenizer.from_pretrained({str(out)!r})""")
     return FINISHED
 
 

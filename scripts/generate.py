@@ -14,26 +14,17 @@ from program import FINISHED, run
 def main(arguments: list[str]) -> int:
     """Print the samples, each as soon as it is drawn."""
     parser = argparse.ArgumentParser("python -m scripts.generate", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("run", metavar="RUN", help="a run directory (its best checkpoint is taken), or a checkpoint")
-    parser.add_argument("--prompt", default="", metavar="TEXT", help="what each text begins with; default: nothing")
-    parser.add_argument("--tokens", type=int, default=200, metavar="N", help="tokens to write at most; default: 200")
-    parser.add_argument(
-        "--temperature",
-        type=float,
-        default=0.8,
-        metavar="T",
-        help="below 1 the likely becomes likelier; 0 always takes the likeliest token; default: 0.8",
-    )
-    parser.add_argument("--top_k", "--top-k", type=int, metavar="K", help="draw only from the K likeliest tokens")
-    parser.add_argument(
-        "--top_p",
-        "--top-p",
-        type=float,
-        metavar="P",
-        help="draw only from the likeliest tokens that together have the probability P",
-    )
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="the same seed, the same text; default: 0")
-    parser.add_argument("--samples", type=int, default=1, metavar="N", help="how many texts; default: 1")
+    add = parser.add_argument
+    add("run", metavar="RUN", help="a run directory (its best checkpoint is taken), or a checkpoint")
+    add("--prompt", default="", metavar="TEXT", help="what each text begins with; default: nothing")
+    add("--tokens", type=int, default=200, metavar="N", help="tokens to write at most; default: 200")
+    how = "below 1 the likely becomes likelier; 0 always takes the likeliest token; default: 0.8"
+    add("--temperature", type=float, default=0.8, metavar="T", help=how)
+    add("--top_k", "--top-k", type=int, metavar="K", help="draw only from the K likeliest tokens")
+    how = "draw only from the likeliest tokens that together have the probability P"
+    add("--top_p", "--top-p", type=float, metavar="P", help=how)
+    add("--seed", type=int, default=0, metavar="N", help="the same seed, the same text; default: 0")
+    add("--samples", type=int, default=1, metavar="N", help="how many texts; default: 1")
     options = parser.parse_args(arguments)
     if options.samples < 1:
         raise BadInput(f"--samples {options.samples}: give at least 1")
@@ -42,25 +33,15 @@ def main(arguments: list[str]) -> int:
     from model.generate import check_sampling, sample_text
     from tracking.load_run import load_model, run_tokenizer
 
-    check_sampling(options.tokens, options.temperature, options.top_k, options.top_p)
+    drawing = (options.temperature, options.top_k, options.top_p)
+    check_sampling(options.tokens, *drawing)
     model, _, _ = load_model(options.run)
     tokenizer = load_tokenizer(str(run_tokenizer(options.run)))
+    begin = (model, tokenizer, options.prompt, end_of_text(tokenizer), options.tokens, options.seed)
     for index in range(options.samples):
         if options.samples > 1:
             print(f"--- sample {index + 1} of {options.samples}")
-        text = sample_text(
-            model,
-            tokenizer,
-            options.prompt,
-            end_of_text(tokenizer),
-            options.tokens,
-            options.seed,
-            options.temperature,
-            options.top_k,
-            options.top_p,
-            index,
-        )
-        print(text, flush=True)
+        print(sample_text(*begin, *drawing, index), flush=True)
     return FINISHED
 
 

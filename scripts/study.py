@@ -26,19 +26,15 @@ ACTIONS = {
 
 def main(arguments: list[str]) -> int:
     """Do what is asked with the study."""
-    parser = argparse.ArgumentParser(
-        "python -m scripts.study",
-        description=(__doc__ or ""),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    plain = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser("python -m scripts.study", description=__doc__, formatter_class=plain)
     actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
     for name, what in ACTIONS.items():
         action = actions.add_parser(name, help=what, description=what)
         action.add_argument("study", metavar="STUDY.yaml", help="a study file; configs/studies has examples")
         if name == "run":
-            action.add_argument(
-                "--workers", metavar="N", help="runs at a time on this machine; instead of what the study file says"
-            )
+            how = "runs at a time on this machine; instead of what the study file says"
+            action.add_argument("--workers", metavar="N", help=how)
     options = parser.parse_args(arguments)
     study = read_study(options.study, workers=getattr(options, "workers", None))
 

@@ -44,7 +44,7 @@ def full_names(knobs: dict[str, Any], place: str, mistakes: list[str]) -> dict[s
 def unknown_knob(name: str, place: str) -> str:
     """The message for a knob that does not exist, with the nearest that does, by its short or its full name."""
     if "." in name:
-        return unknown_key(name, f"in {place}")
+        return unknown_key(name, place)
     short = {key.rsplit(".", 1)[-1]: key for key in fields()}
     near = difflib.get_close_matches(name, list(short), 1, 0.6)
     return f"unknown knob {name!r} in {place}" + (f"; did you mean {short[near[0]]}?" if near else "; see --help")

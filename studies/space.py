@@ -24,10 +24,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import Field, ValidationError, field_validator, model_validator
 
-from command_line import load_yaml, make, put, put_sections, read_yaml
+from command_line import Draft, load_yaml
 from config import BadInput, Config, Section
 from studies.knobs import LONGEST_NAME, full_names, name_of
 from tracking.run_directory import read_config
@@ -150,7 +149,7 @@ class Study(Section):
     @property
     def directory(self) -> Path:
         """Where everything of the study lies."""
-        return Path(self.base_knobs[0].get("run.dir") or "runs") / self.name
+        return Path(self.base_draft.values.get("run.dir") or "runs") / self.name
 
     def run_directory(self, point: Point, seed: int) -> Path:
         """Where the run of ``point`` with ``seed`` lies."""
@@ -171,7 +170,7 @@ class Study(Section):
         where = {"run.seed": seed, "run.name": f"{point.name}-seed{seed}", "run.dir": str(self.directory)}
         where |= {"run.resume": "auto"}  # a base that never resumes is meant for a run of its own
         tags = [
-            *(self.base_knobs[0].get("tracking.tags") or []),
+            *(self.base_draft.values.get("tracking.tags") or []),
             *(point.name.split(",") if point.knobs else [point.name]),
         ]
         where |= {"tracking.group": self.name, "tracking.tags": [tag[:64] for tag in tags]}  # W&B takes no longer ones
@@ -200,31 +199,24 @@ class Study(Section):
 
     def resolved(self) -> dict[str, Any]:
         """The study as a file that stands alone: the base written out."""
-        base: dict[str, dict[str, Any]] = {}
-        for key, value in self.base_knobs[0].items():
-            section, _, name = key.partition(".")
-            base.setdefault(section, {})[name] = value
-        return self.model_dump(mode="json") | {"base": base}
+        return self.model_dump(mode="json") | {"base": self.base_draft.nested()}
 
     @cached_property
-    def base_knobs(self) -> tuple[dict[str, Any], dict[str, str], list[str]]:
-        """Values of the base by full name, the place of each, and mistakes."""
-        values: dict[str, Any] = {}
-        places: dict[str, str] = {}
-        mistakes: list[str] = []
+    def base_draft(self) -> Draft:
+        """What the base says, and the mistakes in it."""
+        draft = Draft()
         if isinstance(self.base, dict):
-            mistakes = put_sections(self.base, "the base", values, places)
+            draft.put_sections(self.base, "the base")
         else:
             for path in [self.base] if isinstance(self.base, str) else self.base:
-                read_yaml(path, values, places, mistakes)
-        return values, places, mistakes
+                draft.read(path)
+        return draft
 
-    def _make(self, knobs: dict[str, Any], place: str) -> Config:
-        values, places = dict(self.base_knobs[0]), dict(self.base_knobs[1])
-        mistakes = list(self.base_knobs[2])
+    def _make(self, knobs: dict[str, Any], origin: str) -> Config:
+        draft = self.base_draft.copy()
         for knob, value in knobs.items():
-            mistakes += put(knob, value, place, values, places)
-        return make(values, places, mistakes)
+            draft.put(knob, value, origin)
+        return draft.config()
 
     @cached_property
     def checked_points(self) -> tuple[list[Point], list[str]]:
@@ -334,16 +326,7 @@ def read_study(path: str, workers: str | None = None) -> Study:
 
     Raises BadInput with all mistakes in it at once.
     """
-    try:
-        content = load_yaml(path)
-    except FileNotFoundError:
-        shipped = [str(file) for file in Path("configs/studies").rglob("*.yaml")]
-        near = difflib.get_close_matches(path, shipped, 1, 0.5)
-        raise BadInput(f"there is no study file {path!r}" + (f"; did you mean {near[0]}?" if near else "")) from None
-    except (OSError, UnicodeDecodeError) as problem:
-        raise BadInput(f"cannot read the study file {path!r}: {problem}") from None
-    except yaml.YAMLError as problem:
-        raise BadInput(f"{path} is not YAML: {' '.join(str(problem).split())}") from None
+    content = load_yaml(path, "study file", "configs/studies")
     if not isinstance(content, dict):
         raise BadInput(f"{path} must hold 'name:', 'base:', 'space:', 'seeds:' and so on; see configs/studies")
     mistakes: list[str] = []

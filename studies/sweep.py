@@ -23,7 +23,7 @@ def sweep_yaml(study: Study) -> str:
     parameters: dict[str, dict[str, Any]] = {"run.seed": {"values": study.seeds}}
     for knob, side in study.ranges().items():
         parameters[knob] = distribution(knob, side) if isinstance(side, Range) else {"values": side}
-    base = [f"--{knob}={text(value)}" for knob, value in study.base_knobs[0].items() if knob not in parameters]
+    base = [f"--{knob}={text(value)}" for knob, value in study.base_draft.values.items() if knob not in parameters]
     files = [study.base] if isinstance(study.base, str) else study.base if isinstance(study.base, list) else base
     sweep: dict[str, Any] = {
         "name": study.name,

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import os
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import numpy as np
@@ -96,8 +98,7 @@ def flags_of(base: dict[str, str], text_file: Path, directory: Path, **knobs: ob
 def whole_run(tmp_path_factory: pytest.TempPathFactory, text_file: Path) -> Path:
     """The run directory of ``breakable()``, left alone from start to end: what every broken one must equal."""
     directory = tmp_path_factory.mktemp("whole")
-    command = [sys.executable, str(ROOT / "train.py"), *flags_of(BREAKABLE, text_file, directory)]
-    subprocess.run(command, cwd=directory, check=True, capture_output=True)
+    assert in_this_process(flags_of(BREAKABLE, text_file, directory), directory).returncode == 0
     return directory / "runs/tiny"
 
 
@@ -120,11 +121,32 @@ def interrupted(killed_at_20: Path, tmp_path: Path) -> Path:
     return tmp_path / "runs/tiny"
 
 
+def in_this_process(flags: list[str], directory: Path) -> subprocess.CompletedProcess[str]:
+    """train.py with these words in ``directory``, without the seconds that a new process takes to import torch."""
+    import torch
+
+    import train as program
+    from program import exit_code
+
+    output, errors = io.StringIO(), io.StringIO()
+    threads, before = torch.get_num_threads(), os.getcwd()
+    os.chdir(directory)
+    try:
+        with redirect_stdout(output), redirect_stderr(errors):
+            code = exit_code(program.main, flags)
+    finally:
+        os.chdir(before)
+        torch.set_num_threads(threads)
+    return subprocess.CompletedProcess(flags, code, output.getvalue(), errors.getvalue())
+
+
 @pytest.fixture
 def train(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
-    """Start train.py as a user would, in a directory of the test's own; returns when it ends."""
+    """Run train.py to its end in a directory of the test's own: in a process of its own if variables are given."""
 
     def start(flags: list[str], timeout: float = 120, **environment: str) -> subprocess.CompletedProcess[str]:
+        if not environment:
+            return in_this_process(flags, tmp_path)
         return subprocess.run(
             [sys.executable, str(ROOT / "train.py"), *flags],
             cwd=tmp_path,

@@ -13,7 +13,7 @@ import torch
 from conftest import ROOT
 
 from benchmarks.losses import cross_entropy, ours, plain
-from benchmarks.opponents import Shape
+from benchmarks.opponents import Block, PlainGPT2, Shape, hugging_face
 from benchmarks.ours import everything_on, our_step
 from benchmarks.processes import launches, table
 from benchmarks.steps import table as table_of_steps
@@ -71,6 +71,36 @@ def test_an_unknown_part_is_told() -> None:
         ended.stderr
         == "error: no part is called proceses; there are steps, losses, pipeline, processes, precision, race\n"
     )
+
+
+def test_the_plain_gpt2_is_the_gpt2_of_hugging_face() -> None:
+    """With its weights, and a GELU without the approximation, it has the same loss; dropout acts in training alone."""
+    shape = Shape(2, 32, 4, 16, 3, 65)
+    plain_model = PlainGPT2(shape, dropout=0.2).eval()
+    loss_of, theirs = hugging_face(shape, 0.0, torch.device("cpu"))
+    tables = {"wte": plain_model.embedding, "wpe": plain_model.positions, "ln_f": plain_model.norm}
+    weights = {f"{name}.weight": module.weight for name, module in tables.items()}
+    for number, block in enumerate(plain_model.blocks):
+        assert isinstance(block, Block)
+        (norm_1, heads), (norm_2, widen, _) = block.to_heads, block.widen
+        norms = {"ln_1": norm_1.weight, "ln_2": norm_2.weight}
+        products = {
+            "attn.c_attn": heads,
+            "attn.c_proj": block.from_heads,
+            "mlp.c_fc": widen,
+            "mlp.c_proj": block.narrow,
+        }
+        norms |= {name: matrix.weight.T for name, matrix in products.items()}
+        weights |= {f"h.{number}.{name}.weight": weight for name, weight in norms.items()}
+    transformer: Any = theirs.transformer
+    left = transformer.load_state_dict(weights, strict=False)
+    assert not left.unexpected_keys and all(name.endswith("bias") for name in left.missing_keys)  # theirs begin at 0
+    for block in transformer.h:
+        block.mlp.act = torch.nn.GELU()
+    tokens_BT, targets_BT = torch.randint(65, (2, 3, 16), generator=torch.Generator().manual_seed(0))
+    expected = loss_of(tokens_BT, targets_BT)
+    torch.testing.assert_close(plain_model(tokens_BT, targets_BT), expected)
+    assert abs(plain_model.train()(tokens_BT, targets_BT) - expected) > 1e-4
 
 
 def test_the_step_that_is_timed_is_that_of_train_py(

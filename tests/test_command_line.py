@@ -91,7 +91,7 @@ def test_a_key_that_is_there_twice_is_refused(tmp_path: Path) -> None:
                 read(str(path))  # type: ignore[arg-type]
             assert str(caught.value) == said[0]
     path.write_text("a: &one {x: 1, y: 2}\nb: {<<: *one, y: 3}\n")
-    assert load_yaml(path) == {"a": {"x": 1, "y": 2}, "b": {"x": 1, "y": 3}}
+    assert load_yaml(path, "config file") == {"a": {"x": 1, "y": 2}, "b": {"x": 1, "y": 3}}
 
 
 def test_all_bad_values_at_once(tmp_path: Path) -> None:

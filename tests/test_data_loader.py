@@ -8,11 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from safetensors import safe_open
-from safetensors.numpy import save_file
 
 from config import BadInput, Data
-from data.loader import TrainingLoader, evaluation_batches
+from data.loader import EvaluationBatches, TrainingLoader
 from data.shards import Shard, Split
 
 END = 9_999
@@ -24,9 +22,7 @@ def split_of_documents(directory: Path, lengths: list[int]) -> Split:
     starts = np.cumsum([0, *lengths[:-1]])
     tokens = np.arange(n, dtype=np.uint16)
     tokens[starts] = END
-    save_file({"tokens": tokens}, directory / "x.safetensors")
-    shard = Shard(directory / "x.safetensors", 0, n, safe_open(directory / "x.safetensors", framework="np"))
-    return Split("train", (shard,), n, n, starts, END + 1)
+    return Split("train", (Shard(directory / "x", 0, n, tokens),), n, n, starts, END + 1)
 
 
 def stream(directory: Path, n: int) -> Split:
@@ -99,6 +95,8 @@ def test_batches_do_not_depend_on_chunks_or_on_earlier_calls(tmp_path: Path) -> 
         coming.advance()
     assert ids == [forward[step].sample_ids_B[first : first + 2].tolist() for step in (5, 6, 7) for first in (2, 4)]
     with pytest.raises(IndexError):
+        _ = coming.current
+    with pytest.raises(IndexError):
         loader.batch(0, 4, 3)
     with pytest.raises(IndexError, match="no batch left"):
         coming.current  # noqa: B018
@@ -154,7 +152,7 @@ def test_shuffled_documents_are_whole(tmp_path: Path) -> None:
 
 def test_isolation_worked_by_hand(tmp_path: Path) -> None:
     split = split_of_documents(tmp_path, [3, 4, 1, 5])  # E 1 2 | E 4 5 6 | E | E 9 10 11 12
-    first = evaluation_batches(split, 6, 2, isolate_documents=True).batch(0)
+    first = EvaluationBatches(split, 6, 2, isolate_documents=True).batch(0)
     assert first.tokens_BT.tolist() == [[END, 1, 2, END, 4, 5], [6, END, END, 9, 10, 11]]
     assert first.targets_BT.tolist() == [[1, 2, END, 4, 5, 6], [END, END, 9, 10, 11, 12]]
     assert first.documents_BT is not None and first.positions_BT is not None
@@ -184,7 +182,7 @@ def test_isolation_follows_the_ends_of_text(tmp_path: Path, shuffle: str) -> Non
 @pytest.mark.parametrize("batch_size", [1, 2, 5])
 def test_evaluation_covers_every_token_but_the_first_once(tmp_path: Path, n: int, batch_size: int) -> None:
     split = stream(tmp_path, n)
-    evaluation = evaluation_batches(split, 4, batch_size)
+    evaluation = EvaluationBatches(split, 4, batch_size)
     batches = [evaluation.batch(index) for index in range(len(evaluation))]
     assert evaluation.n_targets == n - 1
     targets = [int(token) for batch in batches for token in batch.targets_BT.flatten()]
@@ -196,13 +194,13 @@ def test_evaluation_covers_every_token_but_the_first_once(tmp_path: Path, n: int
 
 
 def test_evaluation_of_a_part(tmp_path: Path) -> None:
-    batches = evaluation_batches(stream(tmp_path, 100), 4, 3, max_tokens=10)
+    batches = EvaluationBatches(stream(tmp_path, 100), 4, 3, max_tokens=10)
     targets = [batches.batch(index).targets_BT.tolist() for index in range(len(batches))]
     assert targets == [[[1, 2, 3, 4], [5, 6, 7, 8]], [[9]]] and batches.n_targets == 9
     with pytest.raises(IndexError):
         batches.batch(2)
     with pytest.raises(BadInput, match="two are needed"):
-        evaluation_batches(stream(tmp_path, 1), 4, 3)
+        EvaluationBatches(stream(tmp_path, 1), 4, 3)
 
 
 @pytest.mark.fault(31)

@@ -12,6 +12,7 @@ import pyarrow.parquet
 import pytest
 
 from config import BadInput, Data
+from data.readers import CRLF, EMPTY, INVALID, MARKS
 from data.sources import FEW_FILES, Source, open_source, short_name
 
 
@@ -71,7 +72,7 @@ def test_what_a_document_is(tmp_path: Path) -> None:
     assert list(text_source(tmp_path / "t.txt").documents()) == ["one\n\n  \ntwo\x0c\u2028more\n"]
     lines = text_source(tmp_path / "t.txt", document="line")
     assert list(lines.documents()) == ["one", "two\x0c\u2028more"]
-    assert lines.mended.empty == 2
+    assert lines.mended[EMPTY] == 2
     rows = write_lines(tmp_path / "t.jsonl", {"text": "a\nb", "n": 1}, {"text": None}, {"text": "c"})
     assert list(text_source(rows).documents()) == ["a\nb", "c"]
     assert list(text_source(rows, max_documents=1).documents()) == ["a\nb"]
@@ -101,13 +102,13 @@ def test_invalid_bytes_crlf_and_marks_are_mended_and_counted(tmp_path: Path) -> 
     for _ in range(2):  # counts are of the last reading, not of all
         (text,) = source.documents()
         assert text == "good text, long enough\na\ufffdb" + "\ufffd" * 5 + "z\n" + "." * 99
-        assert (source.mended.invalid, source.mended.crlf, source.mended.marks) == (6, 2, 1)
+        assert (source.mended[INVALID], source.mended[CRLF], source.mended[MARKS]) == (6, 2, 1)
     assert "6 invalid bytes" in source.mended.summary() and "2 CRLF" in source.mended.summary()
     lonely = tmp_path / "t.jsonl"
     lonely.write_bytes(b'\xef\xbb\xbf{"text": "a\\ud800b\\r\\n"}\n')
     source = text_source(lonely)
     assert list(source.documents()) == ["a\ufffdb\n"]
-    assert (source.mended.invalid, source.mended.crlf, source.mended.marks) == (1, 1, 1)
+    assert (source.mended[INVALID], source.mended[CRLF], source.mended[MARKS]) == (1, 1, 1)
 
 
 @pytest.mark.fault(31)
@@ -127,7 +128,7 @@ def test_paths_that_hold_nothing_are_refused_with_a_way_out(tmp_path: Path) -> N
     (tmp_path / "book.txt").write_text("x")
     assert "directory" in refusal(tmp_path) and "*.txt" in refusal(tmp_path)
     assert "did you mean" in refusal(tmp_path / "bok.txt") and "book.txt" in refusal(tmp_path / "bok.txt")
-    assert "no file matches" in refusal(tmp_path / "*.md")
+    assert "there is no file" in refusal(tmp_path / "*.md")
     os.mkfifo(tmp_path / "pipe")
     assert "not a regular file" in refusal(tmp_path / "pipe")
 
@@ -173,7 +174,7 @@ def test_a_local_dataset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stream
     knobs = {"corpus": "huggingface", "path": str(directory), "streaming": streaming}
     source = open_source(Data(**knobs))
     assert list(source.documents()) == ["one\n", "two"] == list(source.documents())
-    assert (source.split, source.mended.crlf, source.mended.empty) == ("documents", 1, 1)
+    assert (source.split, source.mended[CRLF], source.mended[EMPTY]) == ("documents", 1, 1)
     assert list(open_source(Data(**knobs, max_documents=1)).documents()) == ["one\n"]
     with pytest.raises(BadInput, match=r"no field 'body'; its fields are 'text', 'n'"):
         list(open_source(Data(**knobs, text_field="body")).documents())
@@ -192,6 +193,7 @@ def test_transform(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         "def wrong(text): return 3\n"
         "def broken(text): return 1 / 0\n"
     )
+    (tmp_path / "faulty.py").write_text("'a' + 1\n")
     (tmp_path / "t.txt").write_text("abcd")
     before = list(sys.path)
 
@@ -207,6 +209,7 @@ def test_transform(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         ("shouting:broken", "ZeroDivisionError.*shouting.py:4"),
         ("shouting:missing", "no function 'missing'"),
         ("no_such_module:f", "cannot import no_such_module"),
+        ("faulty:f", "cannot import faulty .TypeError"),
         ("math:sqrt", "no Python source"),
     ):
         with pytest.raises(BadInput, match=says):

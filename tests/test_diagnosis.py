@@ -88,11 +88,10 @@ def test_a_level_noisy_curve_has_not_turned_up() -> None:
 
 def test_the_noise_is_estimated_beside_any_slope_and_curvature() -> None:
     draw = np.random.default_rng(0)
-    steps = [float(step) for step in range(200)]
-    curve = [3 * math.exp(-step / 30) + 1e-5 * step**2 for step in steps]
-    noisy = Series(steps, [value + 0.02 * draw.normal() for value in curve])
+    steps = np.arange(200.0)
+    noisy = Series(steps, 3 * np.exp(-steps / 30) + 1e-5 * steps**2 + 0.02 * draw.normal(size=200))
     assert noisy.noise == pytest.approx(0.02, rel=0.25)
-    assert Series(steps, [2 + 3 * step + step**2 for step in steps]).noise == pytest.approx(0, abs=1e-8)
+    assert Series(steps, 2 + 3 * steps + steps**2).noise == pytest.approx(0, abs=1e-8)
 
 
 def test_too_early() -> None:
@@ -137,6 +136,15 @@ def test_losses_that_are_not_finite_are_told() -> None:
     records[-1] |= {"val/loss": math.nan, "train/loss": math.inf}
     found = diagnose(records)
     assert found.verdict == "well fitted" and "2 losses are not finite" in found.text()
+
+
+def test_a_loss_of_exactly_zero_is_judged() -> None:
+    """On a text of one letter every loss becomes 0: nothing is left to learn, and nothing is divided by it."""
+    records = curves(lambda p: max(0.0, 1 - 2 * p), lambda p: 0.0)
+    for record in records:
+        record["gap/loss"] = 0.0
+    found = diagnose(records)
+    assert found.verdict == "well fitted" and "0.0% of val" in found.text()
 
 
 # ---------------------------------------------------------------------------------------------- advice
@@ -225,6 +233,12 @@ def test_json_of_others(tmp_path: Path) -> None:
     assert found.verdict == "overfitting" and "from the loss of training batches" in found.text()
 
 
+def test_a_number_that_no_float_can_hold_is_left_out(tmp_path: Path) -> None:
+    lines = [f'{{"step": {step}, "val/loss": 1{"0" * 400}}}' for step in range(10)]
+    (tmp_path / "log.jsonl").write_text("\n".join(lines))
+    assert diagnose(read_curves(tmp_path / "log.jsonl")).verdict == "too early to tell"
+
+
 def test_our_own_run_is_read_as_it_was_written(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in OVERFITTED) + '{"st')
     assert read_curves(tmp_path) == OVERFITTED == read_curves(tmp_path / "metrics.jsonl")
@@ -240,6 +254,9 @@ def test_our_own_run_is_read_as_it_was_written(tmp_path: Path) -> None:
         ("step,val_loss\n,\n", "holds no line"),
         ('{"step": 1}\n{"st\n{"step": 2}\n', "line 2, is not JSON"),
         ("[1, 2]", "it has: none"),
+        ("[" * 100_000, "it has: none"),
+        (f'[{{"step": 1{"0" * 400}, "val_loss": 1}}]', "holds no line"),
+        ("step,val_loss\n1," + "2" * 200_000 + "\n", "field larger than field limit"),
     ],
 )
 def test_what_cannot_be_told_is_refused(tmp_path: Path, content: str, words: str) -> None:

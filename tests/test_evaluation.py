@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from command_line import parse
-from data.loader import evaluation_batches
+from data.loader import EvaluationBatches
 from data.prepare import prepare
 from data.shards import Corpus
 from evaluation.evaluate import BINS, _add, evaluate
@@ -57,7 +58,7 @@ def test_every_metric_against_torch_and_torchmetrics(model: GPT, corpus: Corpus)
     logits, target = plain(model, corpus)
     split = corpus.split("val")
     assert len(target) == split.n_tokens - 1
-    found, calibration = evaluate(model, evaluation_batches(split, 16, 4), ALONE, corpus.bytes_per_token(split))
+    found, calibration = evaluate(model, EvaluationBatches(split, 16, 4), ALONE, corpus.bytes_per_token(split))
     loss, p = F.cross_entropy(logits, target).item(), logits.softmax(-1)
     one_hot = F.one_hot(target, logits.shape[-1])
     expected = {
@@ -114,26 +115,37 @@ def test_a_confidence_between_two_bins_belongs_to_the_lower_one(
 
 @pytest.mark.parametrize("size", [1, 3, 1000])
 def test_the_batch_size_changes_nothing(size: int, model: GPT, corpus: Corpus) -> None:
-    one, _ = evaluate(model, evaluation_batches(corpus.split("val"), 16, 4), ALONE, 1.0)
-    other, _ = evaluate(model, evaluation_batches(corpus.split("val"), 16, size), ALONE, 1.0)
+    one, _ = evaluate(model, EvaluationBatches(corpus.split("val"), 16, 4), ALONE, 1.0)
+    other, _ = evaluate(model, EvaluationBatches(corpus.split("val"), 16, size), ALONE, 1.0)
     assert other == pytest.approx(one, rel=1e-6)
 
 
 def test_mode_and_chunks(model: GPT, corpus: Corpus, monkeypatch: pytest.MonkeyPatch) -> None:
-    batches: Callable[[], object] = lambda: evaluation_batches(corpus.split("val"), 16, 4, 200)  # noqa: E731
+    batches: Callable[[], object] = lambda: EvaluationBatches(corpus.split("val"), 16, 4, 200)  # noqa: E731
     model.train()
     whole, _ = evaluate(model, batches(), ALONE, 1.0)
     assert model.training
-    monkeypatch.setattr("evaluation.evaluate.CHUNK_NUMBERS", 7 * corpus.vocab_size)
+    monkeypatch.setattr("evaluation.evaluate.CHUNK_ELEMENTS", 7 * corpus.vocab_size)
     parts, _ = evaluate(model.eval(), batches(), ALONE, 1.0)
     assert not model.training and parts == pytest.approx(whole, rel=1e-6)
+
+
+def test_a_terminal_sees_that_it_is_evaluated(
+    model: GPT, corpus: Corpus, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    batches = EvaluationBatches(corpus.split("val"), 16, 4, 200)
+    evaluate(model, batches, ALONE, 1.0)
+    assert not capsys.readouterr().err, "a log file wants no bars"
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    evaluate(model, batches, ALONE, 1.0, "val, averaged")
+    assert "val, averaged" in capsys.readouterr().err
 
 
 def test_uniform_model_is_ln_v(corpus: Corpus, model: GPT) -> None:
     flat = GPT(model.config, corpus.vocab_size).initialize(0)
     with torch.no_grad():
         flat.output_weight.zero_()
-    found, _ = evaluate(flat, evaluation_batches(corpus.split("val"), 16, 4), ALONE, 1.0)
+    found, _ = evaluate(flat, EvaluationBatches(corpus.split("val"), 16, 4), ALONE, 1.0)
     assert found["loss"] == pytest.approx(math.log(257), rel=1e-6)
     assert found["entropy"] == pytest.approx(math.log(257), rel=1e-6)
     assert found["brier"] == pytest.approx(1 - 1 / 257, rel=1e-5)
@@ -163,6 +175,6 @@ def test_bits_per_byte_by_hand(tmp_path: Path) -> None:
     model = GPT(config.model, corpus.vocab_size).initialize(0)
     torch.nn.init.zeros_(model.output_weight)
     for max_tokens, targets, n_bytes in ((None, 5, 4), (3, 2, 2)):
-        batches = evaluation_batches(val, 16, 4, max_tokens)
+        batches = EvaluationBatches(val, 16, 4, max_tokens)
         found, _ = evaluate(model, batches, ALONE, corpus.bytes_per_token(val, max_tokens))
         assert found["bits_per_byte"] == pytest.approx(targets * math.log2(257) / n_bytes, rel=1e-6)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
 import torch
+from conftest import ROOT
 
 from config import BadInput, Config
 from hardware import Hardware, estimated_seconds, missing_for_compile, resolve_compile
@@ -48,3 +51,11 @@ def test_without_a_compiler_nothing_is_compiled_unless_asked_for(monkeypatch: py
     assert not resolve_compile(TWO_CORES, small(), {}, 800_000, 10**6).compile
     with pytest.raises(BadInput, match=r"run.compile=on needs a C\+\+ compiler; .* run.compile=off"):
         resolve_compile(TWO_CORES, small("on"), {}, 800_000, 1)
+
+
+def test_the_compiler_is_not_imported_where_nothing_is_compiled() -> None:
+    """It takes a second of every start; torch.optim imports it, what evaluates and generates has no use for it."""
+    code = "from hardware import resolve; from config import Run; import sys; resolve(Run())"
+    code += "; print([name for name in sys.modules if name.startswith(('torch._dynamo', 'torch._inductor'))])"
+    asked = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert asked.stdout.strip() == "[]", asked.stderr + asked.stdout

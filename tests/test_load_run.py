@@ -10,15 +10,17 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import SafetensorError
 
 from command_line import dump
-from config import BadInput, Config, Model
+from config import BadInput, Config, Failure, Model
 from data.tokenizers import byte_tokenizer
 from model import huggingface
 from model.gpt import GPT
 from model.huggingface import write_directory
 from scripts import export_huggingface
 from scripts import generate as generate_script
+from tracking import load_run
 from tracking.load_run import initial_weights, load_model, run_tokenizer
 from training import checkpoint
 
@@ -55,6 +57,16 @@ def step_of(model: GPT) -> int:
         if all(torch.equal(tensor, weights(step, model.config)[name]) for name, tensor in model.state_dict().items()):
             return step
     raise AssertionError("the weights are of no step")
+
+
+def test_vector_math_is_settled_before_a_model_computes_its_rotations(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done: list[str] = []
+    monkeypatch.setattr(load_run, "settle_vector_math", lambda: done.append("settled"))
+    monkeypatch.setattr(load_run, "GPT", lambda *arguments: done.append("built") or GPT(*arguments))
+    load_model(make_run(tmp_path))
+    assert done == ["settled", "built"]
 
 
 def damage(file: Path) -> None:
@@ -231,16 +243,23 @@ def test_export_overwrites_nothing(tmp_path: Path) -> None:
     assert export_huggingface.main([str(run), str(out)]) == 0, "an empty one is filled"
 
 
-def test_export_leaves_nothing_when_the_logits_differ(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_export_leaves_nothing_when_the_logits_differ(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run, out = make_run(tmp_path), tmp_path / "exports" / "mine"
     # Gate and up change places, as a wrong table would have it: it loads without complaint.
-    names = ["mlp.up_proj.weight", "mlp.gate_proj.weight"]
-    monkeypatch.setitem(huggingface.INSIDE["qwen3"], "mlp.input.weight", names)
-    assert export_huggingface.main([str(run), str(out)]) == 4
-    assert "nothing written" in capsys.readouterr().err
+    monkeypatch.setitem(huggingface.MODULES["qwen3"], "mlp.input", ["mlp.up_proj", "mlp.gate_proj"])
+    with pytest.raises(Failure, match="nothing written"):
+        export_huggingface.main([str(run), str(out)])
     assert list(out.parent.iterdir()) == []
+
+
+def test_export_says_what_to_do_about_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(tensors: object, path: Path, metadata: object) -> None:
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(huggingface, "save_file", full)
+    with pytest.raises(BadInput, match=r"No space left on device.*check permissions and space"):
+        export_huggingface.main([str(make_run(tmp_path)), str(tmp_path / "exports" / "mine")])
+    assert list((tmp_path / "exports").iterdir()) == []
 
 
 def test_export_says_when_it_could_not_compare(
@@ -271,3 +290,5 @@ def test_mistakes_end_with_exit_code_2_and_no_traceback(tmp_path: Path) -> None:
         assert done.returncode == 2 and done.stderr.startswith("error: ") and "Traceback" not in done.stderr
     with pytest.raises(BadInput, match="top_p"):
         generate_script.main(["nowhere", "--top_p", "7"])
+    with pytest.raises(BadInput, match="--samples 0: give at least 1"):
+        generate_script.main(["nowhere", "--samples", "0"])

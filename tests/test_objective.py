@@ -49,7 +49,7 @@ def reference(hidden: Tensor, weight: Tensor, target: Tensor, knobs: Regularizer
 def test_every_combination_equals_its_float64_reference(
     smoothing: float, z: float, beta: float, chunk: int, multiple: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(module.CHUNK_NUMBERS, "cpu", chunk)
+    monkeypatch.setitem(module.CHUNK_ELEMENTS, "cpu", chunk)
     monkeypatch.setitem(module.VOCABULARY_MULTIPLE, "cpu", multiple)  # as on a GPU
     knobs = Regularizers(label_smoothing=smoothing, z_loss=z, entropy_penalty=beta)
     hidden, weight, target = drawn()
@@ -147,7 +147,7 @@ def test_memory_is_that_of_a_chunk() -> None:
 import resource, torch
 from config import Regularizers
 from regularizers import objective as module
-module.CHUNK_NUMBERS["cpu"] = 64 * 20000
+module.CHUNK_ELEMENTS["cpu"] = 64 * 20000
 torch.set_num_threads(1)
 hidden, weight = torch.randn(2048, 64, requires_grad=True), torch.randn(20000, 64, requires_grad=True)
 target = torch.randint(0, 20000, (2048,))

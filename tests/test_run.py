@@ -272,7 +272,7 @@ def test_start_from_the_weights_of_another_run(reference: Path, train: Train, ti
 def test_a_gradient_that_is_not_finite_changes_nothing(train: Train, tiny: Flags, tmp_path: Path) -> None:
     """At an absurd learning rate the loss overflows: steps are skipped, counted, and the run gives up by itself."""
     ended = train(tiny(optimizer__lr=1e30, training__max_nonfinite=3, schedule__name="constant"))
-    assert ended.returncode == 4 and "3 in a row" in ended.stderr
+    assert ended.returncode == 4 and "3 times in a row" in ended.stderr
     assert json.loads((tmp_path / "runs/tiny/summary.json").read_text())["status"] == "failed"
 
 

@@ -13,7 +13,6 @@ from pathlib import Path
 import pytest
 
 from command_line import parse
-from pictures import smooth
 from tracking.metrics import Metrics, read_metrics, results_of
 from tracking.weights_and_biases import wandb_mode
 
@@ -124,8 +123,3 @@ def test_an_unreachable_server_costs_at_most_ten_seconds(
     one, other = (json.loads((tmp_path / f"runs/{name}/summary.json").read_text()) for name in ("tiny", "second"))
     assert one["final/val/loss"] == other["final/val/loss"]
     assert len(read_metrics(tmp_path / "runs/tiny")) == len(read_metrics(tmp_path / "runs/second"))
-
-
-def test_smoothing_is_unbiased_at_the_start() -> None:
-    assert smooth([2.0, 2.0, 2.0], 0.9) == pytest.approx([2.0, 2.0, 2.0])
-    assert smooth([1.0, 3.0], 0.5) == pytest.approx([1.0, (0.25 * 1 + 0.5 * 3) / 0.75])

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from command_line import parse
 from config import BadInput
-from data.loader import EvaluationBatches, evaluation_batches
+from data.loader import EvaluationBatches
 from data.prepare import prepare
 from data.shards import Corpus
 from evaluation import uncertainty
@@ -44,7 +44,7 @@ def make_model(*knobs: str) -> GPT:
 
 
 def batches(corpus: Corpus, tokens: int = 200, size: int = 4) -> EvaluationBatches:
-    return evaluation_batches(corpus.split("val"), 16, size, tokens)
+    return EvaluationBatches(corpus.split("val"), 16, size, tokens)
 
 
 def logits_of(probabilities: list[list[float]]) -> Tensor:
@@ -100,7 +100,7 @@ def plain(model: GPT, corpus: Corpus, samples: int, seed: int) -> dict[str, floa
 def test_it_is_the_plain_computation_in_bounded_memory(
     rows: int, corpus: Corpus, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(uncertainty, "CHUNK_NUMBERS", rows * 257)
+    monkeypatch.setattr("evaluation.evaluate.CHUNK_ELEMENTS", rows * 257)
     model = make_model("residual_dropout=0.2", "attention_dropout=0.1", "stochastic_depth=0.3")
     found = mc_dropout(model, batches(corpus), ALONE, 5, 11)
     assert found.metrics == pytest.approx(plain(model, corpus, 5, 11), rel=1e-5, abs=1e-6)
@@ -151,7 +151,7 @@ def test_the_seed_says_everything(corpus: Corpus) -> None:
 def test_sequences_share_no_mask_and_samples_neither(corpus: Corpus, monkeypatch: pytest.MonkeyPatch) -> None:
     seeds: list[tuple[int, int]] = []
     monkeypatch.setattr(uncertainty, "seed_activations", lambda seed, *place: seeds.append(place))
-    monkeypatch.setattr(uncertainty, "HIDDEN_NUMBERS", 2 * 3 * 16 * 16)  # two sequences of three samples at a time
+    monkeypatch.setattr(uncertainty, "HIDDEN_ELEMENTS", 2 * 3 * 16 * 16)  # two sequences of three samples at a time
     mc_dropout(make_model("residual_dropout=0.3"), batches(corpus), ALONE, 3, 5)
     assert len(set(seeds)) == len(seeds) == 3 * 7  # 12 whole windows in pairs, and the rest
     assert {first for _, first in seeds} == {0, 2, 4, 6, 8, 10, 12}
@@ -263,7 +263,7 @@ def test_foreign_text_is_read_with_the_corpus_s_tokenizer(corpus: Corpus, tmp_pa
     assert split.read(0, split.n_tokens).tolist() == [256, *b"zut", 256, *b"alors!"]
     assert split.document_starts.tolist() == [0, 4] and split.n_bytes == 9
     assert foreign_split(tmp_path / "*.txt", corpus, 6).read(0, 6).tolist() == [256, *b"zut", 256, ord("a")]
-    whole = evaluation_batches(split, 16, 4)
+    whole = EvaluationBatches(split, 16, 4)
     assert len(whole) == 1 and whole.batch(0).tokens_BT.tolist() == [[256, *b"zut", 256, *b"alors"]]
     with pytest.raises(BadInput, match=r"nothing\.txt"):
         foreign_split(tmp_path / "nothing.txt", corpus, 100)

@@ -14,6 +14,7 @@ from config import BadInput, Config, Model
 from data.shards import Corpus
 from data.tokenizers import load_tokenizer
 from files import sha256
+from hardware import settle_vector_math
 from model.gpt import GPT
 from model.huggingface import read_directory
 from program import warn
@@ -33,6 +34,7 @@ def load_model(
     there is one. The corpus may be gone: that is for the caller to find out.
     Raises BadInput for what is missing or damaged.
     """
+    settle_vector_math()  # the model's table of rotations is made of sines and cosines
     run, checkpoint = locate(Path(path))
     config, tensors = read_config(run), read_weights(checkpoint, weights)
     corpus = read_summary(run).get("corpus_directory")

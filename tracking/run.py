@@ -118,11 +118,10 @@ class Run:
         """From here on the directory is written to."""
         if not self.hardware.main:
             return
-        if self.afresh:
-            run_directory.move_aside(self.path)
-            before, self._lock = self._lock, run_directory.lock(self.path)
-            assert before is not None
-            before.close()
+        if self.afresh and run_directory.move_aside(self.path):
+            held, self._lock = self._lock, run_directory.lock(self.path)
+            assert held is not None
+            held.close()
         files.write_text(self.path / "config.yaml", dump(self.config))
         checkpoint.sweep(self.checkpoints)
         for debris in self.path.glob(".*.new"):  # of a killed write

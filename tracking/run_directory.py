@@ -14,8 +14,6 @@ import tempfile
 from pathlib import Path
 from typing import Any, TextIO
 
-import yaml
-
 import files
 from command_line import from_mapping, load_yaml
 from config import BadInput, Config, Failure
@@ -72,16 +70,16 @@ def lock(directory: Path) -> TextIO:
     return file
 
 
-def move_aside(directory: Path) -> None:
-    """Rename the directory to a free name beside it, if it holds more than our lock."""
-    if not {path.name for path in directory.iterdir()} - {"lock", "checkpoints"} and not existing(
-        directory / "checkpoints"
-    ):
-        return
+def move_aside(directory: Path) -> bool:
+    """Rename the directory to a free name beside it, if it holds more than our lock; returns whether it did."""
+    names = {path.name for path in directory.iterdir()} - {"lock", "checkpoints"}
+    if not names and not existing(directory / "checkpoints"):
+        return False
     number = 1
     while (aside := directory.with_name(f"{directory.name}.previous-{number}")).exists():
         number += 1
     directory.rename(aside)
+    return True
 
 
 def read_summary(directory: Path) -> dict[str, Any]:
@@ -102,11 +100,7 @@ def update_summary(directory: Path, **values: Any) -> dict[str, Any]:
 def read_config(directory: Path) -> Config:
     """The config that is stored with a run; raises BadInput when it cannot be read."""
     file = directory / "config.yaml"
-    try:
-        content = load_yaml(file)
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as problem:
-        raise BadInput(f"{file} cannot be read ({problem}); restore it or use another --run.name") from None
-    return from_mapping(content, str(file))
+    return from_mapping(load_yaml(file, "stored config"), str(file))
 
 
 def check_config(directory: Path, config: Config) -> list[str]:

@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import inspect
 import os
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -21,7 +23,7 @@ from torch import Tensor
 
 import train as program
 from config import Model, Regularizers
-from data.loader import evaluation_batches
+from data.loader import EvaluationBatches
 from data.shards import Corpus
 from evaluation.evaluate import evaluate
 from hardware import Hardware
@@ -123,20 +125,22 @@ def same_tensors(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
 def without_objective_terms() -> Any:
     """The objective's module with every branch on a knob taken out of its source."""
     source = inspect.getsource(objective)
-    for branch in ("if beta:", "if c:", "if spread:", "if z_sum_R1 is not None:", "if mixed is not None:"):
-        assert branch in source
-        source = source.replace(branch, "if False:")
-    for before, after in {
-        "w_R1 * (1 + 2 * c * log_z_R1) if c else w_R1": "w_R1",
-        "z_RV.sum(1, keepdim=True) if spread else None": "None",
-        "-(1 - smoothing - spread) * w_R1": "-w_R1",
-        "knobs = (config.label_smoothing, config.z_loss, config.entropy_penalty)": "knobs = (0, 0, 0)",
-    }.items():
-        assert before in source
+    second_targets = "if self.second_R1 is not None and self.share_R1 is not None:"
+    conditions = ("if config.z_loss:", "if config.entropy_penalty:", "if self.spread:", "if z_sum_R1 is not None:")
+    changes = dict.fromkeys((*conditions, second_targets, "if mixed is not None:"), "if False:")
+    changes |= {
+        "z_RV.sum(1, keepdim=True) if self.spread else None": "None",
+        "shifted_RV.exp() if config.entropy_penalty else shifted_RV.exp_()": "shifted_RV.exp_()",
+        "weight_R1 * (1 + 2 * config.z_loss * self.log_z_R1) if config.z_loss else weight_R1": "weight_R1",
+        "-(1 - config.label_smoothing - self.spread) * weight_R1": "-weight_R1",
+    }
+    for before, after in changes.items():
+        assert before in source, before
         source = source.replace(before, after)
-    namespace: dict[str, Any] = {"__name__": "objective_without_terms"}
-    exec(compile(source, "objective_without_terms", "exec"), namespace)
-    return namespace["objective"]
+    module = ModuleType("objective_without_terms")
+    sys.modules[module.__name__] = module  # where dataclasses look for it
+    exec(compile(source, module.__name__, "exec"), module.__dict__)
+    return module.objective
 
 
 class Replacements:
@@ -236,7 +240,7 @@ def test_on_acts_in_training_only(
         assert len(on.losses) < len(base.losses) == 5 and on.losses[:steps] == base.losses[:steps]
     # The evaluation of given weights, by models with and without it, is the same to the last bit.
     corpus = Corpus.open(next((on.directory.parent.parent / "corpora").glob("[!.]*")))
-    batches = evaluation_batches(corpus.split("val"), 32, 8, max_tokens=300)
+    batches = EvaluationBatches(corpus.split("val"), 32, 8, max_tokens=300)
     shape = Model(n_layers=2, d_model=32, n_heads=2, context_length=32)
     hardware = Hardware(0, 1, torch.device("cpu"), "fp32", False, 1)
     results = []

@@ -2,12 +2,13 @@
 # make test          format, lint, types, declared imports and tests
 # make test-faults   the tests that kill and damage runs again and again
 # make soak          strike runs at random for ten minutes (MINUTES=10); each must end as if nothing had happened
+# make mutants       plant deliberate bugs, one at a time, to see that the tests notice (ONLY=word: some of them)
 # All make .venv and install what they need the first time.
 
 PYTHON ?= python3
 BIN = .venv/bin
 
-.PHONY: help train test test-faults soak clean
+.PHONY: help train test test-faults soak mutants clean
 
 help:
 	@sed -n 's/^# //p' Makefile
@@ -28,6 +29,9 @@ test-faults: .venv/test.installed
 
 soak: .venv/test.installed
 	PYTHONPATH=.:tests:tests/faults $(BIN)/python tests/faults/soak.py --minutes $(or $(MINUTES),10) $(if $(SEED),--seed $(SEED))
+
+mutants: .venv/test.installed
+	$(BIN)/python tests/mutants.py --only "$(ONLY)"
 
 clean:
 	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache *.egg-info

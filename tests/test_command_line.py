@@ -123,7 +123,7 @@ def test_all_bad_values_at_once(tmp_path: Path) -> None:
         ["--run.name=../evil"],
         ["--run.threads=0"],
         ["--evaluation.every=0"],
-        ["--data.val_fraction=0.6", "--data.test_fraction=0.5"],
+        ["--data.val_fraction=0.5", "--data.test_fraction=0.5"],
         ["missing.yaml"],
         ["--optimizer.lr"],
         ["-x"],

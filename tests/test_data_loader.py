@@ -98,6 +98,8 @@ def test_batches_do_not_depend_on_chunks_or_on_earlier_calls(tmp_path: Path) -> 
         _ = coming.current
     with pytest.raises(IndexError):
         loader.batch(0, 4, 3)
+    with pytest.raises(IndexError, match="no batch left"):
+        coming.current  # noqa: B018
 
 
 def test_orders_are_new_in_each_epoch_and_seed(tmp_path: Path) -> None:

@@ -126,6 +126,12 @@ def test_documents_keep_their_order_and_borders(bpe: Tokenizer) -> None:
     assert list(encode_documents(bpe, [])) == []
 
 
+def test_holes_in_the_ids_count() -> None:
+    """Ids 0, 1 and 9 need a table of ten rows."""
+    tokenizer = Tokenizer(models.WordLevel({"a": 0, "b": 9, "</s>": 1}, unk_token="a"))
+    assert vocabulary_size(tokenizer) == 10
+
+
 def test_a_foreign_tokenizer(library: list[str], tmp_path: Path) -> None:
     tokenizer = sentencepiece_like(library[:5])
     tokenizer.enable_truncation(4)

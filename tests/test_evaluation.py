@@ -97,6 +97,22 @@ def test_calibration_and_brier_by_hand() -> None:
     assert found.error == pytest.approx(0.1)
 
 
+def test_a_confidence_between_two_bins_belongs_to_the_lower_one(
+    corpus: Corpus, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bins are ((m-1)/M, m/M] (Guo 2017). Of two tokens that share everything each has exactly 1/2 = 2/4."""
+    monkeypatch.setattr("evaluation.evaluate.BINS", 4)
+    flags = ["--model.family=gpt2", "--model.tie_embeddings=false", "--model.d_model=8", "--model.context_length=16"]
+    model = GPT(parse(flags).model, corpus.vocab_size).initialize(0)
+    with torch.no_grad():
+        model.norm.weight.zero_()
+        model.norm.bias.copy_(torch.eye(8)[0])
+        model.output_weight.zero_()
+        model.output_weight[2:, 0] = -1000.0
+    _, calibration = evaluate(model, evaluation_batches(corpus.split("val"), 16, 4), ALONE, 1.0)
+    assert calibration.tokens == [0, corpus.split("val").n_tokens - 1, 0, 0]
+
+
 @pytest.mark.parametrize("size", [1, 3, 1000])
 def test_the_batch_size_changes_nothing(size: int, model: GPT, corpus: Corpus) -> None:
     one, _ = evaluate(model, EvaluationBatches(corpus.split("val"), 16, 4), ALONE, 1.0)

@@ -179,6 +179,22 @@ def test_attention_is_its_definition(kv_heads: int, path: str) -> None:
     torch.testing.assert_close(found.double(), reference_attention(q, k, v), rtol=1e-5, atol=2e-6)
 
 
+def test_queries_and_keys_are_normalised_in_fp32() -> None:
+    """Under autocast too: the norm of the bf16 numbers that come in, to the rounding of fp32."""
+    model = random_model(shape("qwen3"))
+    attention = model.blocks[1].attention
+    seen: list[tuple[torch.nn.RMSNorm, Tensor, Tensor]] = []
+    for norm in (attention.query_norm, attention.key_norm):
+        norm.register_forward_hook(lambda norm, given, out: seen.append((norm, given[0], out)))
+    with torch.autocast("cpu", torch.bfloat16):
+        run(model, random_tokens())
+    assert len(seen) == 2
+    for norm, given, out in seen:
+        x = given.double()
+        expected = x / (x.square().mean(-1, keepdim=True) + norm.eps).sqrt() * norm.weight.double()
+        torch.testing.assert_close(out.double(), expected, rtol=1e-6, atol=1e-6)
+
+
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
 @pytest.mark.parametrize("training", [False, True], ids=["evaluation", "with dropout"])
 def test_grouped_heads_are_full_heads_with_repeated_keys_and_values(family: str, training: bool) -> None:

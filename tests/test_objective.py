@@ -53,7 +53,7 @@ def test_every_combination_equals_its_float64_reference(
     monkeypatch.setitem(module.VOCABULARY_MULTIPLE, "cpu", multiple)  # as on a GPU
     knobs = Regularizers(label_smoothing=smoothing, z_loss=z, entropy_penalty=beta)
     hidden, weight, target = drawn()
-    target[5] = -1
+    target[5:7] = torch.tensor([-1, 0])
     exact = [hidden.detach().double().requires_grad_(), weight.detach().double().requires_grad_()]
     expected = reference(*exact, target, knobs, 40.0)
     found = objective(hidden, weight, target, knobs, 40.0)

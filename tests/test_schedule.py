@@ -36,12 +36,17 @@ def test_wsd_stays_then_falls_in_a_line() -> None:
     assert found[-1] == pytest.approx(0.0)
     steps = [a - b for a, b in pairwise(found[80:])]
     assert steps == pytest.approx([steps[0]] * len(steps))
+    # Half of 11 steps before the last one: level up to 10 - 5.5 = 4.5, then down by 1 / 5.5 a step.
+    found = rates("wsd", decay_fraction=0.5, min_lr_ratio=0.0)
+    assert found == pytest.approx([1, 1, 1, 1, 1, 5 / 5.5, 4 / 5.5, 3 / 5.5, 2 / 5.5, 1 / 5.5, 0])
 
 
 def test_one_cycle_rises_and_falls_along_cosines() -> None:
     found = rates("one_cycle", total=21, warmup_steps=10)
     assert found[10] == pytest.approx(1.0) and found[15] == pytest.approx(0.55) and found[20] == pytest.approx(0.1)
     assert found == sorted(found[:11]) + sorted(found[11:], reverse=True)
+    # From the first rate of a linear warmup, 1/4, half way up to 1 at the second of three steps.
+    assert rates("one_cycle", warmup_steps=3)[1] == pytest.approx((1 / 4 + 1) / 2)
 
 
 def test_constant() -> None:

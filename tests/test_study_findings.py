@@ -7,7 +7,9 @@ import re
 from pathlib import Path
 
 import numpy as np
+import pytest
 from made_up_study import make_study, write_run, write_runs
+from scipy import stats
 from test_study_report import page_of, truth
 
 from studies import runner
@@ -56,7 +58,7 @@ def ends_study(tmp_path: Path, ends: dict[str, list[float]]) -> Study:
     study = make_study(tmp_path, search="list", space=space)
     for point in study.points():
         for seed, end in zip([*study.seeds, *confirmation_seeds(study)], ends[point.name], strict=False):
-            write_run(study, point, seed, end)
+            write_run(study, point, seed, end, test=end - 0.2)
     return study
 
 
@@ -86,6 +88,21 @@ def test_a_baseline_of_its_own_noise_leaves_the_smallest_difference_open(tmp_pat
     findings = find(study := ends_study(tmp_path, ends | {"baseline": [4.0, 9.1, 4.2]}), collect(study))
     assert findings.search.uneven == ["baseline"] and "this study sees" not in " ".join(answer(findings))
     assert "no common noise to tell by" in page_of(study)
+
+
+@pytest.mark.parametrize("noisy", ["good", "baseline"])
+def test_a_point_of_its_own_noise_is_confirmed_by_its_own_fresh_runs(noisy: str, tmp_path: Path) -> None:
+    """The calm points' noise says nothing of it: val and test on the fresh seeds are the paired t test."""
+    ends = {"baseline": [4.0, 4.1, 4.2, 4.0, 4.1, 4.2], "good": [3.9, 4.0, 4.1, 3.91, 4.05, 4.13]}
+    ends |= {name: [4.02 + row / 99, 4.12 + row / 98, 4.22 + row / 97] for row, name in enumerate("abcdef")}
+    ends[noisy] = [ends[noisy][0] + 0.9, ends[noisy][1] - 0.9, ends[noisy][2] - 0.9, *ends[noisy][3:]]
+    ends["good"] = [end - 2 * (noisy == "baseline") for end in ends["good"]]
+    study = ends_study(tmp_path, ends)
+    findings = find(study, collect(study))
+    assert findings.search.uneven == [noisy] and findings.winner is not None and findings.winner.name == "good"
+    expected = stats.ttest_rel(ends["good"][3:], ends["baseline"][3:]).pvalue
+    assert findings.confirmed is not None and findings.confirmed.p == pytest.approx(expected)
+    assert findings.test is not None and findings.test.p == pytest.approx(expected)
 
 
 def test_without_fresh_seeds_the_page_warns(tmp_path: Path) -> None:

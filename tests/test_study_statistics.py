@@ -111,6 +111,19 @@ def test_seeds_of_one_comparison_are_those_of_the_paired_t_test(effect: float, s
     assert seeds_needed(effect, sd, 1) == math.ceil(float(exact))
 
 
+@pytest.mark.parametrize("comparisons", [1, 4, 10])
+def test_seeds_of_many_comparisons_use_the_noise_of_all_points(comparisons: int) -> None:
+    """The fewest whose power, with the degrees of freedom that such a study has, reaches 80%."""
+    draw = np.random.default_rng(0)
+
+    def power(seeds: int) -> float:
+        degrees = analyse(made_up(comparisons + 1, seeds, draw), "p0").noise.degrees
+        return power_of(2.0, math.sqrt(2 / seeds), degrees, comparisons)
+
+    needed = seeds_needed(2.0, 1.0, comparisons)
+    assert needed is not None and power(needed - 1) < 0.8 <= power(needed)
+
+
 def test_power_is_that_of_the_definition() -> None:
     """P(|Z + shift| > t sqrt(V / df)), integrated over the chi-squared V."""
     threshold = stats.t.ppf(1 - 0.05 / 10 / 2, 20)

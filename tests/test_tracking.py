@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from command_line import parse
-from tracking.metrics import Metrics, read_metrics
+from tracking.metrics import Metrics, read_metrics, results_of
 from tracking.weights_and_biases import wandb_mode
 
 Train = Callable[..., subprocess.CompletedProcess[str]]
@@ -36,6 +36,28 @@ def test_lines_past_the_checkpoint_and_a_torn_one_are_dropped(tmp_path: Path) ->
     again.append(line(3))
     again.close()
     assert [record["step"] for record in read_metrics(tmp_path)] == [1, 2, 3]
+
+
+def test_what_the_summary_keeps_of_the_lines() -> None:
+    """The last value that is a number, the middle one of the speeds, the best as it is, the test under its name."""
+    speeds = [{"step": step, "train/tokens_per_second": speed} for step, speed in enumerate((9.0, 500.0, 7.0), 1)]
+    lines = [speeds[0] | {"val/loss": 3.0}, speeds[1] | {"val/loss": 2.0}, speeds[2] | {"val/loss": None}]
+    assert results_of(lines, {"step": 2, "val/loss": 2.0}, {"loss": 2.5}) == {
+        "test/loss": 2.5,
+        "best/step": 2,
+        "best/val/loss": 2.0,
+        "final/val/loss": 2.0,
+        "tokens_per_second": 9.0,
+    }
+    assert results_of([], None, {}) == {}
+
+
+def test_what_json_has_no_word_for_is_written_as_null(tmp_path: Path) -> None:
+    metrics = Metrics(tmp_path, 0)
+    metrics.append(line(1) | {"train/loss": float("inf"), "val/loss": float("nan")})
+    metrics.close()
+    (record,) = read_metrics(tmp_path)
+    assert record["train/loss"] is record["val/loss"] is None and record["epoch"] == 0.1
 
 
 def test_modes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

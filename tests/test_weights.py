@@ -37,7 +37,7 @@ def test_decay_schedule() -> None:
 
 
 def test_sparsity() -> None:
-    found = sparsity({"a": torch.tensor([0.0, 5e-4, -5e-4, 1.0]), "b": torch.ones(2)})
+    found = sparsity({"a": torch.tensor([0.0, 5e-4, -5e-4, 1.0]), "b": torch.tensor([1.0, -1.0])})
     assert found == {"a": 0.75, "b": 0.0}
 
 
@@ -90,6 +90,8 @@ def test_patience_by_hand() -> None:
     assert evaluations_without_improvement(losses, 0.0) == 0
     assert evaluations_without_improvement(losses[:5], 0.0) == 1
     assert evaluations_without_improvement(losses, 0.1) == 4  # the best is 2.0; nothing later beats it by 0.1
+    # 1.95 improves on 2.0 by too little to count, and does not lower what 1.89 is held against.
+    assert evaluations_without_improvement([2.0, 1.95, 1.89], 0.1) == 0
     assert not patience_is_over(losses, Regularizers())
     knobs = Regularizers(early_stopping_patience=4, early_stopping_min_delta=0.1)
     assert patience_is_over(losses, knobs) and not patience_is_over(losses[:-1], knobs)

@@ -14,7 +14,7 @@ from oracle import same_as
 from tracking.metrics import read_metrics
 from tracking.run_directory import read_summary
 from training.checkpoint import existing, read_state, read_tensors
-from training.spikes import NEEDED, is_spike
+from training.spikes import NEEDED, WINDOW, is_spike
 
 Flags = Callable[..., list[str]]
 
@@ -71,9 +71,13 @@ def test_what_is_a_spike() -> None:
     history: list[float] = []
     falling = [5 * math.exp(-step / 40) + 0.05 * math.sin(step) for step in range(200)]
     assert not any(is_spike(loss, history) for loss in falling)
-    assert is_spike(1e4, history) and is_spike(1e4, history)
+    assert is_spike(1e4, history) and is_spike(1e2, history) and is_spike(1e4, history)
     assert not is_spike(falling[-1], history) and not is_spike(float("nan"), history)
-    assert not any(is_spike(9.0 if step == 5 else 1.0, []) for step in range(NEEDED))
+    short: list[float] = []
+    assert not any(is_spike(9.0 if step == 5 else 1.0, short) for step in range(NEEDED)) and len(short) == NEEDED
+    # A level of 1 without any noise: half a nat above it is no spike yet, and 1,000 steps are not all remembered.
+    level = [1.0] * 1000
+    assert not is_spike(1.49, level) and len(level) == WINDOW and is_spike(2.6, level)
     # A loss that moves to a higher level for good is soon the usual.
     level = [1.0 + 0.01 * math.sin(step) for step in range(128)]
     assert sum(is_spike(3.0, level) for _ in range(128)) < 20

@@ -1,0 +1,268 @@
+"""A real run, replayed by a second program: a plain loop in float64, the formulas of the papers, torch's autograd.
+
+The replay takes from the code under test the network, its initial weights, the batches of each step, and the random
+numbers that are drawn for a key of (seed, step, micro-batch). Objective, penalties, clipping, AdamW, schedules,
+averages and evaluation are written out below, so that a run whose parts are right and whose wiring is wrong fails.
+
+Precision: the run is fp32, whose numbers are rounded by 6e-8 of themselves. A number of metrics.jsonl agrees within
+3e-6 of itself (the farthest was off by 6e-7), a weight within 3e-6 and 1e-5 of itself (4e-7). AdamW's eps is 1e-4 here,
+because AdamW magnifies the rounding of gradients that are smaller than eps. The gradient of L1 jumps where a weight
+crosses 0, so a weight that comes as near to 0 as its rounding may end elsewhere: 30 of 70,000 numbers may.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+import train as program
+from command_line import parse
+from config import Config
+from data.loader import Batch, TrainingLoader
+from data.shards import Corpus, Split
+from model.gpt import GPT
+from randomness import numpy_generator, seed_activations, torch_generator
+from tracking.metrics import read_metrics
+from training.checkpoint import existing, read_tensors
+
+Weights = dict[str, Tensor]
+
+COMMON = {
+    "training__max_steps": 12,
+    "training__micro_batch_size": 4,
+    "evaluation__every": 3,
+    "evaluation__max_tokens": 500,
+    "evaluation__sample_tokens": 0,
+    "tracking__log_every": 1,
+    "optimizer__eps": 1e-4,
+}
+RUNS = {
+    "everything": COMMON
+    | {
+        "model__family": "gpt2",
+        "optimizer__grad_clip": 1.3,
+        "optimizer__lr": 1e-2,
+        "schedule__warmup_steps": 3,
+        "regularizers__embedding_dropout": 0.1,
+        "regularizers__attention_dropout": 0.1,
+        "regularizers__residual_dropout": 0.1,
+        "regularizers__mlp_dropout": 0.1,
+        "regularizers__stochastic_depth": 0.2,
+        "regularizers__token_dropout": 0.1,
+        "regularizers__token_replacement": 0.1,
+        "regularizers__embedding_noise": 5.0,
+        "regularizers__mixup_alpha": 0.4,
+        "regularizers__label_smoothing": 0.1,
+        "regularizers__z_loss": 1e-2,
+        "regularizers__entropy_penalty": 0.05,
+        "regularizers__weight_decay": 2.0,
+        "regularizers__weight_decay_schedule": "cosine",
+        "regularizers__weight_decay_end": 0.5,
+        "regularizers__l1": 1e-3,
+        "regularizers__l2": 1e-2,
+        "regularizers__ema_decay": 0.8,
+    },
+    "untied, strict, SWA": COMMON
+    | {
+        "model__family": "llama",
+        "model__tie_embeddings": "false",
+        "optimizer__grad_clip": 0,
+        "optimizer__betas": "[0.8, 0.9]",
+        "schedule__name": "wsd",
+        "schedule__decay_fraction": 0.4,
+        "schedule__warmup_steps": 2,
+        "training__deterministic": "strict",
+        "regularizers__weight_decay": 3.0,
+        "regularizers__weight_decay_schedule": "linear",
+        "regularizers__decay_embeddings": "false",
+        "regularizers__swa_start": 0.5,
+        "regularizers__swa_every": 2,
+    },
+}
+
+
+@dataclass
+class Changes:
+    """What is done to the embeddings of a micro-batch, for the network to call: noise, token dropout, mixup."""
+
+    noise_BTD: Tensor
+    keep_BT: Tensor
+    partner_B: Tensor
+    share_B: Tensor
+
+    def apply(self, x_BTD: Tensor) -> Tensor:
+        x_BTD = (x_BTD + self.noise_BTD) * self.keep_BT[..., None]
+        return torch.stack(
+            [share * x_BTD[row] + (1 - share) * x_BTD[self.partner_B[row]] for row, share in enumerate(self.share_B)]
+        )
+
+
+def changed_inputs(batch: Batch, config: Config, key: tuple[int, int, int]) -> tuple[Tensor, Changes]:
+    """The ids with some replaced, and the changes of their embeddings; a knob that is off changes nothing."""
+    knobs, (seed, *place) = config.regularizers, key
+    rows, time = batch.tokens_BT.shape
+    width, vocabulary = config.model.d_model, 257
+    generator = torch_generator(seed, "token replacement", *place)
+    replaced_BT = torch.rand(rows, time, generator=generator) < knobs.token_replacement
+    tokens_BT = torch.where(replaced_BT, torch.randint(vocabulary, (rows, time), generator=generator), batch.tokens_BT)
+    generator = torch_generator(seed, "embedding noise", *place)
+    noise_BTD = torch.empty(rows, time, width).uniform_(-1, 1, generator=generator).double()
+    noise_BTD *= knobs.embedding_noise / math.sqrt(time * width)
+    kept_BT = torch.rand(rows, time, generator=torch_generator(seed, "token dropout", *place)) >= knobs.token_dropout
+    partner_B, share_B = torch.arange(rows), torch.ones(rows, dtype=torch.float64)
+    if knobs.mixup_alpha:
+        partner_B = torch.randperm(rows, generator=torch_generator(seed, "mixup partner", *place))
+        draw = numpy_generator(seed, "mixup share", *place)
+        share_B = torch.from_numpy(draw.beta(knobs.mixup_alpha, knobs.mixup_alpha, size=rows))
+    return tokens_BT, Changes(noise_BTD, kept_BT.double() / (1 - knobs.token_dropout), partner_B, share_B)
+
+
+def sums_of(model: GPT, batch: Batch, config: Config, key: tuple[int, int, int]) -> tuple[Tensor, Tensor]:
+    """The objective and the plain cross-entropy of a micro-batch, summed over its tokens."""
+    knobs = config.regularizers
+    tokens_BT, changes = changed_inputs(batch, config, key)
+    seed_activations(*key)
+    logits_BTV = model.logits(model(tokens_BT, changes=changes))  # type: ignore[arg-type]
+    log_p_BTV = logits_BTV - logits_BTV.exp().sum(-1, keepdim=True).log()
+    objective, loss = torch.zeros(()), torch.zeros(())
+    for row, share in enumerate(changes.share_B):
+        others = (logits_BTV.shape[-1] - 1) / knobs.label_smoothing if knobs.label_smoothing else math.inf
+        for weight, target_row in ((share, row), (1 - share, int(changes.partner_B[row]))):
+            target_T1 = batch.targets_BT[target_row][:, None]
+            log_p_T = log_p_BTV[row].gather(1, target_T1)[:, 0]
+            rest_T = log_p_BTV[row].sum(1) - log_p_T
+            loss = loss - weight * log_p_T.sum()
+            objective = objective - weight * ((1 - knobs.label_smoothing) * log_p_T + rest_T / others).sum()
+    objective = objective + knobs.z_loss * logits_BTV.exp().sum(-1).log().square().sum()
+    objective = objective + knobs.entropy_penalty * (log_p_BTV.exp() * log_p_BTV).sum()
+    return objective, loss.detach()
+
+
+def share_of_peak(config: Config, step: int) -> float:
+    """Linear warmup to 1 at step ``warmup``; then half a cosine to the floor at the last step, or the end of WSD."""
+    schedule, last = config.schedule, (config.training.max_steps or 0) - 1
+    warmup, floor = schedule.warmup_steps or 0, schedule.min_lr_ratio
+    if step < warmup:
+        return (step + 1) / (warmup + 1)
+    if schedule.name == "wsd":  # level until decay_fraction of all steps are left before the last one
+        return min(1.0, floor + (1 - floor) * (last - step) / (schedule.decay_fraction * (last + 1)))
+    return floor + (1 - floor) * (1 + math.cos(math.pi * (step - warmup) / (last - warmup))) / 2
+
+
+def decay_at(config: Config, step: int) -> float:
+    """Weight decay on its way from the first value to the last, along a line or half a cosine."""
+    knobs, part = config.regularizers, step / ((config.training.max_steps or 0) - 1)
+    if knobs.weight_decay_schedule == "cosine":
+        part = (1 - math.cos(math.pi * part)) / 2
+    return knobs.weight_decay + part * (knobs.weight_decay_end - knobs.weight_decay)
+
+
+def loss_of(model: GPT, split: Split, config: Config) -> float:
+    """Cross-entropy of the first 500 tokens of ``split``, each but the first a target, window by window."""
+    model.eval()
+    stream, time, total = torch.from_numpy(split.read(0, 500)), config.model.context_length, 0.0
+    with torch.no_grad():
+        for start in range(0, len(stream) - 1, time):
+            window = stream[start : start + time + 1]
+            log_p_TV = model.logits(model(window[None, :-1]))[0].log_softmax(-1)
+            total -= log_p_TV.gather(1, window[1:, None]).sum().item()
+    return total / (len(stream) - 1)
+
+
+def replay(config: Config, corpus: Corpus) -> tuple[list[dict[str, float]], Weights, Weights]:
+    """The run of ``config``: a record for each step, the final weights, and their average (empty without one)."""
+    knobs, training, seed = config.regularizers, config.training, config.run.seed
+    size, total, time = training.micro_size, training.max_steps or 0, config.model.context_length
+    n_targets = training.global_batch_size * time
+    loader = TrainingLoader(corpus.split("train"), config.data, seed, time, training.global_batch_size)
+    model, averaged = (GPT(config.model, 257, knobs).initialize(seed).double() for _ in range(2))
+    weights = dict(model.named_parameters())
+    decays = {name: weight.ndim == 2 for name, weight in weights.items()}
+    decays["embedding.weight"] = decays["embedding.weight"] and knobs.decay_embeddings
+    mean, square = ({name: torch.zeros_like(weight) for name, weight in weights.items()} for _ in range(2))
+    average: Weights = {}
+    records = []
+    for step in range(total):
+        record = {"step": step + 1, "tokens": (step + 1) * n_targets}
+        record |= {"train/lr": config.optimizer.lr * share_of_peak(config, step)}
+        objective = loss = torch.zeros(())
+        model.train()
+        for micro_batch in range(training.micro_batches):
+            batch = loader.batch(step, micro_batch * size, size)
+            parts = sums_of(model, batch, config, (seed, step, micro_batch))
+            objective, loss = objective + parts[0] / n_targets, loss + parts[1] / n_targets
+        record |= {"train/objective": objective.item(), "train/loss": loss.item()}
+        for name, weight in weights.items():
+            if decays[name]:
+                objective = objective + knobs.l1 * weight.abs().sum() + knobs.l2 * weight.square().sum()
+        gradients = torch.autograd.grad(objective, list(weights.values()))
+        norm = math.sqrt(sum(gradient.square().sum().item() for gradient in gradients))
+        record["train/grad_norm"] = norm
+        limit = config.optimizer.grad_clip or math.inf
+
+        # Loshchilov & Hutter 2019, algorithm 2, in the form of torch: the decay is multiplied by the learning rate.
+        (beta1, beta2), lr = config.optimizer.betas, record["train/lr"]
+        with torch.no_grad():
+            for (name, weight), gradient in zip(weights.items(), gradients, strict=True):
+                gradient = gradient * min(1.0, limit / norm)
+                mean[name] = beta1 * mean[name] + (1 - beta1) * gradient
+                square[name] = beta2 * square[name] + (1 - beta2) * gradient**2
+                m, v = mean[name] / (1 - beta1 ** (step + 1)), square[name] / (1 - beta2 ** (step + 1))
+                decay = decay_at(config, step) if decays[name] else 0.0
+                weight.copy_(weight - lr * decay * weight - lr * m / (v.sqrt() + config.optimizer.eps))
+
+        now, done = {name: weight.detach().clone() for name, weight in weights.items()}, step + 1
+        if knobs.ema_decay:
+            before = average or now
+            average = {name: knobs.ema_decay * before[name] + (1 - knobs.ema_decay) * now[name] for name in now}
+        elif knobs.swa_start is not None and done >= knobs.swa_start * total:
+            place, rest = divmod(done - round(knobs.swa_start * total), knobs.swa_every)
+            if rest == 0:
+                average = {name: (place * average.get(name, 0.0) + now[name]) / (place + 1) for name in now}
+        if done % (config.evaluation.every or 1) == 0:  # type: ignore[operator]
+            record["val/loss"] = loss_of(model, corpus.split("val"), config)
+            record["gap/loss"] = record["val/loss"] - loss_of(model, corpus.split("train"), config)
+            if average:
+                averaged.load_state_dict(average)
+                record["val_average/loss"] = loss_of(averaged, corpus.split("val"), config)
+        records.append(record)
+    return records, now, average
+
+
+@pytest.mark.parametrize("name", list(RUNS))
+def test_a_run_is_its_replay_in_float64(
+    name: str, tiny: Callable[..., list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    flags = tiny(**RUNS[name])
+    assert program.main(flags) == 0
+    config = parse(flags)
+    corpus = Corpus.open(next((tmp_path / "corpora").glob("[!.]*")))
+    expected, weights, average = replay(config, corpus)
+
+    found = read_metrics(tmp_path / "runs/tiny")
+    assert [record["step"] for record in found] == [record["step"] for record in expected]
+    for ours, theirs in zip(found, expected, strict=True):
+        for key, value in theirs.items():
+            tolerance = {"abs": 1e-5} if key == "gap/loss" else {"rel": 3e-6}  # a difference of two losses
+            assert ours[key] == pytest.approx(value, **tolerance), (ours["step"], key)
+        assert ("val_average/loss" in ours) == ("val_average/loss" in theirs)
+    last, far = existing(tmp_path / "runs/tiny/checkpoints")[0], 0
+    for file, tensors in (("model", weights), ("average", average)):
+        stored = read_tensors(last, file)
+        assert stored.keys() == tensors.keys()
+        for key, tensor in tensors.items():
+            far += int(((stored[key].double() - tensor).abs() > 3e-6 + 1e-5 * tensor.abs()).sum())
+    assert far <= (30 if config.regularizers.l1 else 0)
+    # What the flags above are for: clipping of little and of much, a gap, two different weights to be judged.
+    norms, limit = [record["train/grad_norm"] for record in expected], config.optimizer.grad_clip
+    if limit:
+        assert any(norm < limit for norm in norms) and any(limit < norm < 2 * limit for norm in norms)
+    assert max(abs(record["gap/loss"]) for record in expected if "gap/loss" in record) > 1e-3
+    assert expected[-1]["val_average/loss"] != pytest.approx(expected[-1]["val/loss"], rel=1e-4)

@@ -109,7 +109,7 @@ def test_a_confidence_between_two_bins_belongs_to_the_lower_one(
         model.norm.bias.copy_(torch.eye(8)[0])
         model.output_weight.zero_()
         model.output_weight[2:, 0] = -1000.0
-    _, calibration = evaluate(model, evaluation_batches(corpus.split("val"), 16, 4), ALONE, 1.0)
+    _, calibration = evaluate(model, EvaluationBatches(corpus.split("val"), 16, 4), ALONE, 1.0)
     assert calibration.tokens == [0, corpus.split("val").n_tokens - 1, 0, 0]
 
 

@@ -36,23 +36,20 @@ INITIAL = {
 }
 
 
-class Cache:
-    """Keys and values of the tokens already read, for generation: one (B, K, S, C) pair for each layer's attention."""
-
-    def __init__(self) -> None:
-        self.layers: dict[Attention, tuple[Tensor, Tensor]] = {}
+class Cache(dict["Attention", tuple[Tensor, Tensor]]):
+    """Keys and values of the tokens already read, for generation: (B, K, S, C) each, for every layer."""
 
     @property
     def length(self) -> int:
         """Tokens already read."""
-        return next((k_BKSC.shape[2] for k_BKSC, _ in self.layers.values()), 0)
+        return next((k_BKSC.shape[2] for k_BKSC, _ in self.values()), 0)
 
     def extend(self, layer: Attention, k_BKTC: Tensor, v_BKTC: Tensor) -> tuple[Tensor, Tensor]:
         """Append the new keys and values of one layer; returns all of them, (B, K, S, C)."""
-        if layer in self.layers:
-            k_before, v_before = self.layers[layer]
+        if layer in self:
+            k_before, v_before = self[layer]
             k_BKTC, v_BKTC = torch.cat([k_before, k_BKTC], dim=2), torch.cat([v_before, v_BKTC], dim=2)
-        self.layers[layer] = (k_BKTC, v_BKTC)
+        self[layer] = (k_BKTC, v_BKTC)
         return k_BKTC, v_BKTC
 
 

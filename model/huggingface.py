@@ -174,8 +174,14 @@ def read_directory(path: str | Path) -> tuple[Model, int, dict[str, Tensor]]:
 
     Raises BadInput for what is missing, damaged, or not a network of our families.
     """
-    directory = Path(path)
-    config, vocab_size = model_from_config_json(read_json(directory / "config.json"), str(directory / "config.json"))
+    directory, file = Path(path), Path(path) / "config.json"
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise BadInput(f"there is no {file}; a Hugging Face directory has config.json and model.safetensors") from None
+    except (OSError, ValueError, RecursionError) as problem:
+        raise BadInput(f"{file} cannot be read as JSON: {problem}") from None
+    config, vocab_size = model_from_config_json(content, str(file))
     tensors: dict[str, Tensor] = {}
     for file in weight_files(directory):
         try:
@@ -183,7 +189,7 @@ def read_directory(path: str | Path) -> tuple[Model, int, dict[str, Tensor]]:
         except (OSError, SafetensorError) as problem:
             raise BadInput(f"{file} cannot be read as safetensors: {problem}; get the file again") from None
         if twice := sorted(set(loaded) & set(tensors)):
-            raise BadInput(f"{file} holds {twice[0]}, which another file of the index holds too; get the files again")
+            raise BadInput(f"{file} holds {twice[0]}, which another file holds too; get the files again")
         tensors |= loaded
     state = from_huggingface(tensors, config, place=str(directory))
     rows = state["embedding.weight"].shape[0]
@@ -193,37 +199,19 @@ def read_directory(path: str | Path) -> tuple[Model, int, dict[str, Tensor]]:
 
 
 def weight_files(directory: Path) -> list[Path]:
-    """The safetensors files of a directory: model.safetensors, or those that the index names."""
-    whole, index = directory / "model.safetensors", directory / "model.safetensors.index.json"
-    if whole.is_file():
-        return [whole]
-    if not index.is_file():
-        if pickled := sorted(file.name for pattern in ("*.bin", "*.pt", "*.pth") for file in directory.glob(pattern)):
-            raise BadInput(
-                f"{directory} has its weights only as {pickled[0]}, a pickle, which can run code when it is read; "
-                "get the safetensors files, or convert it: load it in transformers and call save_pretrained"
-            )
-        raise BadInput(f"{directory} has neither {whole.name} nor {index.name}; get the model's weights too")
-    names = read_json(index).get("weight_map")
-    if not isinstance(names, dict) or not names:
-        raise BadInput(f"{index} has no weight_map; get the file again")
-    for name in names.values():
-        if not isinstance(name, str) or Path(name).name != name or not name.endswith(".safetensors"):
-            raise BadInput(f"{index} names {name!r}, which is not a safetensors file of the directory")
-    return [directory / name for name in sorted(set(names.values()))]
+    """The safetensors files of a directory: model.safetensors, or its parts, model-00001-of-00002.safetensors ...
 
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON file that holds an object; raises BadInput."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise BadInput(f"there is no {path}; a Hugging Face directory has config.json and model.safetensors") from None
-    except (OSError, ValueError, RecursionError) as problem:
-        raise BadInput(f"{path} cannot be read as JSON: {problem}") from None
-    if not isinstance(content, dict):
-        raise BadInput(f"{path} must hold a JSON object, not a {type(content).__name__}")
-    return content
+    The index of the parts is not read: that all tensors are there, and once, is checked anyway.
+    """
+    whole = directory / "model.safetensors"
+    if files := [whole] if whole.is_file() else sorted(directory.glob("model-*.safetensors")):
+        return files
+    if pickled := sorted(file.name for pattern in ("*.bin", "*.pt", "*.pth") for file in directory.glob(pattern)):
+        raise BadInput(
+            f"{directory} has its weights only as {pickled[0]}, a pickle, which can run code when it is read; "
+            "get the safetensors files, or convert it: load it in transformers and call save_pretrained"
+        )
+    raise BadInput(f"{directory} has neither {whole.name} nor its parts, model-*.safetensors; get the weights too")
 
 
 # ---------------------------------------------------------------------------------------------- comparison

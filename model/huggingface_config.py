@@ -77,12 +77,12 @@ def config_json(config: Model, vocab_size: int, end_of_text: int) -> dict[str, A
     return content | {"rope_parameters": rope, "attention_dropout": 0.0}
 
 
-def model_from_config_json(content: dict[str, Any], place: str = "config.json") -> tuple[Model, int]:
+def model_from_config_json(content: Any, place: str = "config.json") -> tuple[Model, int]:
     """Our config and the vocabulary size of the network that a config.json describes.
 
     What is left out has transformers' defaults. Raises BadInput for what our families cannot express.
     """
-    family = content.get("model_type")
+    family = content.get("model_type") if isinstance(content, dict) else None
     if not isinstance(family, str) or family not in ARCHITECTURES:
         raise BadInput(f"{place}: model_type is {family!r}; only {', '.join(ARCHITECTURES)} can be read")
     try:

@@ -51,7 +51,7 @@ for number in range(processes + at_once):
 """
 
 
-@pytest.mark.parametrize("processes", [20, pytest.param(400, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("processes", [8, pytest.param(400, marks=pytest.mark.slow)])
 def test_new_processes_compute_the_same_on_two_threads(processes: int) -> None:
     """Without settle_vector_math process 0 differs, each time, where torch has MKL 2024 and the processor AVX2.
 

@@ -16,7 +16,6 @@ from typing import Any
 import pytest
 from conftest import ROOT, made_up_text
 
-import train as program
 from tracking.metrics import read_metrics
 from training.checkpoint import existing, read_state
 
@@ -225,13 +224,10 @@ def test_invalid_utf8_is_replaced_counted_and_told(train: Train, tiny: Flags, tm
     assert ended.returncode == 0 and "2 invalid bytes became U+FFFD; 1 CRLF became LF" in ended.stdout
 
 
-def test_the_best_checkpoint_outlives_newer_ones_and_is_tested(
-    tiny: Flags, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_best_checkpoint_outlives_newer_ones_and_is_tested(train: Train, tiny: Flags, tmp_path: Path) -> None:
     """A learning rate that soon ruins the model: the first evaluation is the best of eight, one checkpoint is kept."""
-    monkeypatch.chdir(tmp_path)
     knobs = {"optimizer__lr": 3, "schedule__warmup_steps": 7, "training__max_steps": 8, "checkpoint__keep": 1}
-    assert program.main(tiny(**knobs, evaluation__every=1, evaluation__sample_tokens=0)) == 0
+    assert train(tiny(**knobs, evaluation__every=1, evaluation__sample_tokens=0)).returncode == 0
     run = tmp_path / "runs/tiny"
     assert sorted(path.name for path in existing(run / "checkpoints")) == ["step_00000001", "step_00000008"]
     assert json.loads((run / "best.json").read_text())["checkpoint"] == "step_00000001"

@@ -13,6 +13,7 @@ crosses 0, so a weight that comes as near to 0 as its rounding may end elsewhere
 from __future__ import annotations
 
 import math
+import subprocess
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +22,6 @@ import pytest
 import torch
 from torch import Tensor
 
-import train as program
 from command_line import parse
 from config import Config
 from data.loader import Batch, TrainingLoader
@@ -31,6 +31,7 @@ from randomness import numpy_generator, seed_activations, torch_generator
 from tracking.metrics import read_metrics
 from training.checkpoint import existing, read_tensors
 
+Train = Callable[..., subprocess.CompletedProcess[str]]
 Weights = dict[str, Tensor]
 
 COMMON = {
@@ -237,11 +238,10 @@ def replay(config: Config, corpus: Corpus) -> tuple[list[dict[str, float]], Weig
 
 @pytest.mark.parametrize("name", list(RUNS))
 def test_a_run_is_its_replay_in_float64(
-    name: str, tiny: Callable[..., list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, train: Train, tiny: Callable[..., list[str]], tmp_path: Path
 ) -> None:
-    monkeypatch.chdir(tmp_path)
     flags = tiny(**RUNS[name])
-    assert program.main(flags) == 0
+    assert train(flags).returncode == 0
     config = parse(flags)
     corpus = Corpus.open(next((tmp_path / "corpora").glob("[!.]*")))
     expected, weights, average = replay(config, corpus)

@@ -41,8 +41,6 @@ def steps_of(shape: Shape) -> dict[str, Step]:
             name = f"ours {fast}, {what}" + (", compiled" if compile == "on" else "")
             steps[name] = our_step(shape, fast, values, compile)
     has_transformers = find_spec("transformers") is not None
-    if not has_transformers:
-        print("transformers is not installed, so Hugging Face's GPT-2 is left out (pip install transformers)")
     for precision in ("fp32", "bf16"):
         for dropout in (0.0, 0.2):
             plain = PlainGPT2(shape, dropout).to(DEVICE)

@@ -53,9 +53,10 @@ def test_the_table_of_processes() -> None:
 
 
 def test_the_table_of_steps_says_who_is_left_out() -> None:
-    names = ["ours fp32, nothing on", "ours fp32, dropout 0.2", "plain GPT-2 fp32, dropout 0", "product fp32"]
-    seconds = {name: [1.0] for name in [*names, "plain GPT-2 fp32, dropout 0.2", "product bf16"]}
-    shape = {"first": {}, "memory": {}, "tokens": 1, "flops": 1.0}
+    names = ["ours fp32, nothing on", "ours fp32, dropout 0.2", "plain GPT-2 fp32, dropout 0"]
+    seconds = {name: [1.0] for name in [*names, "plain GPT-2 fp32, dropout 0.2"]}
+    products = {"fp32": [1.0], "bf16": [1.0]}
+    shape = {"first": {}, "memory": {}, "tokens": 1, "flops": 1.0, "products": products}
     without = table_of_steps({"small": {"seconds": seconds, **shape}})
     (line,) = [line for line in without if "left out" in line]
     assert "Hugging Face's GPT-2" in line and "'.[bench]'" in line

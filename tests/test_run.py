@@ -146,10 +146,22 @@ def test_a_changed_config_is_refused_and_nothing_is_touched(train: Train, tiny: 
 
 
 def test_starting_afresh_moves_the_old_run_aside(train: Train, tiny: Flags, tmp_path: Path) -> None:
-    assert train(tiny(training__max_steps=2)).returncode == 0
-    assert train(tiny(training__max_steps=3, run__resume="never")).returncode == 0
+    assert train(tiny(training__max_steps=2, run__resume="never")).returncode == 0  # there is nothing to move yet
+    assert [path.name for path in (tmp_path / "runs").iterdir()] == ["tiny"]
+    before = weights(tmp_path / "runs/tiny")
+    (tmp_path / "runs/tiny/config.yaml").unlink()  # nor does a lost config make its checkpoints another run's
+    assert train(tiny(training__max_steps=2, run__resume="never", run__seed=1)).returncode == 0
     runs = sorted(path.name for path in (tmp_path / "runs").iterdir())
     assert runs == ["tiny", "tiny.previous-1"]
+    assert weights(tmp_path / "runs/tiny") != before == weights(tmp_path / "runs/tiny.previous-1")
+
+
+def test_a_short_run_draws_its_pictures_once_at_its_end(interrupted: Path, train: Train, breakable: Flags) -> None:
+    """Not at each evaluation, while all processes wait; of a killed run metrics.jsonl has the numbers."""
+    assert any("val/loss" in record for record in numbers(interrupted))
+    assert not (interrupted / "curves.png").exists()
+    assert train(breakable()).returncode == 0
+    assert (interrupted / "curves.png").exists() and (interrupted / "reliability.png").exists()
 
 
 @pytest.mark.fault(15)

@@ -88,6 +88,7 @@ def test_gradient_flows_through_what_is_kept() -> None:
     assert torch.equal(x.grad, out.detach())
 
 
+@pytest.mark.slow
 def test_compiled_code_draws_the_same_masks() -> None:
     """In fp32 the very numbers of eager mode, there and back; in bf16 to its rounding."""
     if missing_for_compile():

@@ -117,6 +117,7 @@ def kill_one_of_four(path: Path, commands: int) -> None:
     assert "killed by SIGKILL" in said(path)
 
 
+@pytest.mark.slow
 def test_four_workers_share_a_study_and_one_is_killed(tmp_path: Path) -> None:
     kill_one_of_four(write_study(tmp_path), commands=1)
 
@@ -168,6 +169,7 @@ def test_four_commands_share_a_study_over_postgresql_and_one_is_killed(tmp_path:
     assert not (tmp_path / "runs/s/study.db").exists()
 
 
+@pytest.mark.slow
 def test_stopped_gone_on_with_and_extended(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

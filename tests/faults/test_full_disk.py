@@ -32,6 +32,7 @@ def full(flags: list[str], directory: Path, bytes_a_file: int) -> subprocess.Com
     return subprocess.run(command, cwd=directory, capture_output=True, text=True, timeout=90, preexec_fn=limit)
 
 
+@pytest.mark.slow
 @pytest.mark.fault(20)
 def test_checkpoints_that_do_not_fit(tiny: Flags, tmp_path: Path) -> None:
     """Told, tried again, given up after so many; the old checkpoint loads, nothing half is left; then the same end."""

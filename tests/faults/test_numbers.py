@@ -50,6 +50,7 @@ def test_a_state_that_is_not_finite_is_never_saved(tiny: Flags, tmp_path: Path) 
             assert all(value.isfinite().all() for value in read_tensors(path, file).values())
 
 
+@pytest.mark.slow
 @pytest.mark.fault(33)
 def test_a_spike_is_told_logged_and_remembered_over_a_resume(tiny: Flags, tmp_path: Path) -> None:
     knobs = {"tracking__log_every": 100, "checkpoint__every": 4}

@@ -109,6 +109,7 @@ def test_a_killed_rank_is_started_again_by_torchrun(tiny: Flags, tmp_path: Path)
     assert {path.name.rsplit("-", 1)[1] for path in (run / "wandb").glob("offline-run-*")} == {identity}
 
 
+@pytest.mark.slow
 @pytest.mark.fault(8)
 def test_a_step_that_always_crashes_ends_the_attempts(tiny: Flags, tmp_path: Path) -> None:
     flags = tiny(training__max_attempts=2, checkpoint__every=4)

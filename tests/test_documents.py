@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from conftest import ROOT
 
-from config import BadInput
+from config import BadInput, Regularizers
 from scripts import document
 
 ARCHITECTURE = (ROOT / "docs/architecture.md").read_text(encoding="utf-8")
@@ -48,7 +48,9 @@ def test_formats_lists_what_a_run_writes(
 
     The example of the page reads that run.
     """
-    names = {"ema_decay": 0.9, "z_loss": 1e-4, "entropy_penalty": 0.1, "l1": 1e-5}
+    extras: dict[str, Any] = {name: field.json_schema_extra for name, field in Regularizers.model_fields.items()}
+    names = {name: extra["typical"] for name, extra in extras.items() if extra["kind"] in ("objective", "weights")}
+    names["ema_decay"] = 0.9
     knobs = {f"regularizers__{name}": value for name, value in names.items()}
     assert train(tiny(**knobs, run__dir="runs")).returncode == 0
     run = tmp_path / "runs/tiny"

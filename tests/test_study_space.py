@@ -191,7 +191,7 @@ def test_one_at_a_time_has_every_regularizer_alone(path: Path, monkeypatch: pyte
     alone = {knob: extra["typical"] for knob, extra in extras.items() if extra["kind"] != "modifier"}  # type: ignore[index, call-overload]
     if "quick" in str(path):
         alone["regularizers.ema_decay"] = 0.99
-    assert [point.knobs for point in others] == [{knob: value} for knob, value in alone.items()]
+    assert [point.knobs for point in others] == [{knob: value} for knob, value in alone.items()], "in config.py's order"
 
 
 def test_a_sweep_says_the_same_as_the_study() -> None:

@@ -17,6 +17,9 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+import same_bits as same_bits_runs
+import test_regularized_run
+import test_replay
 import torch
 from conftest import TINY
 from torch import Tensor
@@ -51,6 +54,8 @@ COMPANIONS: dict[str, dict[str, Any]] = {
 }
 # Typical values that would act too late to be seen within five steps.
 WITHIN_FIVE_STEPS = {"swa_every": 2, "swa_start": 0.4, "early_stopping_patience": 1, "early_stopping_min_delta": 9.0}
+# Inputs whose expectation changes, and with it what is to be learnt.
+CHANGE_THE_TASK = ("token_replacement", "mixup_alpha")
 # With these five evaluations, one a step, none counts as an improvement after the first.
 NEVER_BETTER = {"early_stopping_min_delta": 9.0}
 
@@ -211,7 +216,8 @@ def test_what_is_taken_out_is_where_it_acts(name: str, five_steps: Callable[...,
     with pytest.MonkeyPatch.context() as patch:
         take_out(DECLARED[name]["kind"], Replacements(patch))
         on = five_steps(**{name: WITHIN_FIVE_STEPS.get(name, DECLARED[name]["typical"])})
-        assert same_bits(on, all_off)
+        way = "tell take_out (objective: without_objective_terms) where it acts"
+        assert same_bits(on, all_off), f"{name} acts though the paths of its kind are taken out: {way}"
 
 
 @pytest.mark.parametrize("name", list(DECLARED))
@@ -230,6 +236,7 @@ def test_on_acts_in_training_only(
         assert on.losses[0] != base.losses[0]
     elif kind == "objective":
         assert on.losses[0] == base.losses[0] and on.objectives[0] != base.objectives[0]
+        assert not same_tensors(on.weights, base.weights), f"{name} has no gradient"
     elif kind == "weights":
         assert on.losses[0] == base.losses[0] and on.losses[-1] != base.losses[-1]
     elif kind == "average":
@@ -272,7 +279,7 @@ def test_activations_keep_their_expectation(name: str, p: float) -> None:
         assert site.eval()(kept) is kept
 
 
-@pytest.mark.parametrize("name", ["embedding_noise", "token_dropout"])
+@pytest.mark.parametrize("name", [name for name in of_kind("input") if name not in CHANGE_THE_TASK])
 def test_inputs_keep_their_expectation(name: str) -> None:
     knobs = Regularizers.model_validate(OFF | {name: DECLARED[name]["typical"]})
     x_BTD = torch.full((8, 64, 4), 3.0)
@@ -283,3 +290,12 @@ def test_inputs_keep_their_expectation(name: str) -> None:
     independent = changed[..., 0] if name == "token_dropout" else changed
     error = independent.std().item() / independent.numel() ** 0.5
     assert independent.mean().item() == pytest.approx(3.0, abs=4 * error)
+
+
+@pytest.mark.parametrize(
+    "listed", [same_bits_runs.EVERYTHING, test_replay.RUNS["everything"], test_regularized_run.EVERYTHING]
+)
+def test_everything_is_everything(listed: dict[str, Any]) -> None:
+    """Runs said to have every regularizer on have each; SWA excludes EMA, and stopping would end them."""
+    names = {key.replace("__", ".").removeprefix("regularizers.") for key in listed}
+    assert set(of_kind("input", "activation", "objective", "weights", "average")) - {"swa_start"} <= names

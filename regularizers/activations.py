@@ -34,10 +34,10 @@ def mask_rate(p: float) -> tuple[int, int, float]:
 
 
 def keep_bits(shape: torch.Size, p: float, like: torch.dtype, device: torch.device) -> tuple[Tensor, float]:
-    """Integers as wide as a number of ``like``: 0 with the rate q returned beside them (see ``mask_rate``), else −1.
+    """Integers as wide as an element of ``like``: 0 with the rate q returned beside them (see ``mask_rate``), else −1.
 
     Comparing bytes and multiplying by booleans are slow on a CPU, integer arithmetic is not: t − 1 − draw is negative
-    where draw ≥ t, and its sign is spread over all bits: −1 is all ones.
+    exactly where draw ≥ t, and an arithmetic shift makes that 0 (drop) or −1 (keep: all bits are ones).
     """
     bits, threshold, q = mask_rate(p)
     count, per_draw = shape.numel(), 64 // bits
@@ -49,7 +49,7 @@ def keep_bits(shape: torch.Size, p: float, like: torch.dtype, device: torch.devi
     return difference.bitwise_right_shift_(size - 1).to(_SIGNED[8 * like.itemsize]), q
 
 
-# The draws of compiled code on a CPU, as operations that the compiler does not look into. ``after`` is a number of the
+# The draws of compiled code on a CPU, as operations that the compiler does not look into. ``after`` is an element of the
 # tensor that the mask is for, see ``_first``. The compiler merges operations with the same arguments, whatever their
 # tags say, and may reorder those that do not need each other: without it all layers would share one mask.
 
@@ -77,7 +77,7 @@ def _(shape: list[int], after: Tensor) -> Tensor:
 
 
 def _first(x: Tensor) -> Tensor:
-    """The first number of ``x``: whoever asks for it waits for all draws that ``x`` was made with."""
+    """The first element of ``x``: whoever asks for it waits for all draws that ``x`` was made with."""
     return x.detach()[(0,) * x.ndim]
 
 

@@ -14,7 +14,10 @@ NEAR_ZERO = 1e-3  # a weight below this counts as gone; Adam's steps keep penali
 
 
 def weight_decay_at(config: Regularizers, step: int, total_steps: int) -> float:
-    """λ of the step with index ``step`` (0 … total_steps − 1): from weight_decay to weight_decay_end at the last."""
+    """λ of the step with index ``step`` (0 … total_steps − 1): from weight_decay to weight_decay_end at the last.
+
+    Constant, linear, or along half a cosine, as NanoGPT Slowrun (2026) schedules it.
+    """
     start, end = config.weight_decay, config.weight_decay_end
     part = step / max(1, total_steps - 1)
     if config.weight_decay_schedule == "linear":

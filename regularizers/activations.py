@@ -49,9 +49,9 @@ def keep_bits(shape: torch.Size, p: float, like: torch.dtype, device: torch.devi
     return difference.bitwise_right_shift_(size - 1).to(_SIGNED[8 * like.itemsize]), q
 
 
-# The draws of compiled code on a CPU, as operations that the compiler does not look into. ``after`` is an element of the
-# tensor that the mask is for, see ``_first``. The compiler merges operations with the same arguments, whatever their
-# tags say, and may reorder those that do not need each other: without it all layers would share one mask.
+# The draws of compiled code on a CPU, as operations that the compiler does not look into. ``after`` is an element of
+# the tensor that the mask is for, see ``_first``. The compiler merges operations with the same arguments, whatever
+# their tags say, and may reorder those that do not need each other: without it all layers would share one mask.
 
 
 @torch.library.custom_op("wellposed::kept", mutates_args=(), tags=(torch.Tag.nondeterministic_seeded,))

@@ -19,6 +19,7 @@ from config import BadInput, Failure
 FINISHED, BAD_INPUT, PREEMPTED, FAILED = 0, 2, 3, 4
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)  # SLURM warns with SIGUSR1
 PR_SET_PDEATHSIG = 1  # of Linux's prctl.h
+# Loaded here, because nothing may be imported between fork and exec.
 LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
 
 

@@ -24,7 +24,7 @@ def log_summary(
     config = config.model_copy(update={"tracking": tracking})
     if wandb_mode(config) == "disabled":
         return
-    run = start_wandb(study.directory, config, resuming=False, job_type="report")
+    run = start_wandb(study.directory, config, job_type="report")
     if run is None:
         return
     try:

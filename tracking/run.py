@@ -53,9 +53,13 @@ class Run:
 
     def __enter__(self) -> Run:
         on_main(self.hardware, self._take_lock)
-        if not self.afresh:
-            self.warnings = on_main(self.hardware, run_directory.check_config, self.path, self.config)
-            self.before = on_main(self.hardware, run_directory.read_summary, self.path)
+        try:
+            if not self.afresh:
+                self.warnings = on_main(self.hardware, run_directory.check_config, self.path, self.config)
+                self.before = on_main(self.hardware, run_directory.read_summary, self.path)
+        except Exception:
+            self.__exit__()
+            raise
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -125,7 +129,7 @@ class Run:
         files.write_text(self.path / "config.yaml", dump(self.config))
         checkpoint.sweep(self.checkpoints)
         for debris in self.path.glob(".*.new"):  # of a killed write
-            debris.unlink()
+            debris.unlink(missing_ok=True)
         if progress.step:
             checkpoint.set_aside_newer(self.checkpoints, progress.step)
             self._point_at(progress)
@@ -158,7 +162,7 @@ class Run:
         print("\n".join(describe_groups(learner.optimizers)), flush=True)
         self.metrics = Metrics(self.path, progress.step)
         self.console = Console(progress.step, plan.total_steps)
-        self.mirror = Mirror(start_wandb(self.path, self.config, resuming=progress.step > 0))
+        self.mirror = Mirror(start_wandb(self.path, self.config))
 
     def update_summary(self, **values: Any) -> dict[str, Any]:
         """Write ``values`` into summary.json; returns the whole of it."""

@@ -58,7 +58,7 @@ def wandb_mode(config: Config) -> str:
     return "online" if known or os.environ.get("WANDB_API_KEY") else "disabled"
 
 
-def start_wandb(directory: Path, config: Config, resuming: bool, job_type: str | None = None) -> Any:
+def start_wandb(directory: Path, config: Config, job_type: str | None = None) -> Any:
     """The W&B run of this directory, or None. Unreachable or refused: offline, at most 10 seconds later."""
     mode = wandb_mode(config)
     if mode not in ("online", "offline"):

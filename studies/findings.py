@@ -1,19 +1,20 @@
-"""What a study says: which point won, whether that is more than noise, and the answer in plain words.
-
-Selection does not flatter: the winner is chosen on the search's seeds, and what is quoted of it is measured on fresh
-ones, beside the baseline on the same. Where these runs are missing the answer says so.
-"""
+"""What a study says, in plain words: what won, by how much, how sure one can be, and what to do where one cannot."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
+from statistics import fmean, median
+from typing import Any
 
-from config import Config
+from config import BadInput, Config
+from studies import decision as deciding
+from studies.decision import Decision, Difference
+from studies.design import Design, design
+from studies.record import look
 from studies.results import Result
 from studies.space import Point, Study
-from studies.statistics import CONFIDENCE, Analysis, Effect, Values, analyse, mean, seeds_needed
 
+FAR = 20  # times the usual deviation of a run from the median of its point: beyond it a run is told to be far off
 UNITS = {
     "val/loss": "nats per token",
     "train/loss": "nats per token",
@@ -28,126 +29,124 @@ class Findings:
     """All that the report rests on. Differences are point minus baseline, in the metric's own unit."""
 
     study: Study
-    results: list[Result]
-    points: list[Point]  # the baseline first
-    search: Analysis
-    winner: Point | None  # the best point that is not the baseline, even if it does no better
-    confirmed: Effect | None  # the winner against the baseline on fresh seeds
-    test: Effect | None  # their test/loss, on the seeds of the confirmation, else on those of the search
+    design: Design
+    results: list[Result]  # every run that is wanted or there
+    rows: list[Difference]  # the search, the best first
+    decision: Decision
+    test: Decision | None  # test/loss of winner and baseline on the fresh seeds; nothing is claimed of it
+    look: int  # at fresh results, from 1
     bits: float | None  # bits per byte in one unit of the metric
+
+    @property
+    def points(self) -> list[Point]:
+        """The baseline first."""
+        return self.design.points
 
     @property
     def unit(self) -> str:
         """Unit of the metric, in words."""
-        return UNITS.get(self.study.metric, self.study.metric)
+        name = self.study.metric.removeprefix("best ")
+        return UNITS.get(name, name)
 
     @property
-    def single_seed(self) -> bool:
-        """Whether nothing can be said about noise."""
-        return self.search.noise.sd is None
-
-    def of(self, point: Point, confirmation: bool = False) -> list[Result]:
-        """The runs of a point that count, of the search or of the confirmation."""
-        runs = [result for result in self.results if result.point.name == point.name and result.value is not None]
-        return [result for result in runs if result.confirmation == confirmation]
-
-    def effect(self, point: Point) -> Effect | None:
-        """The point against the baseline on the search's seeds."""
-        return self.search.effects.get(point.name)
-
-    def ranked(self) -> list[Point]:
-        """Points that can be compared, the baseline among them, the best first; then those that cannot."""
-        known = [point for point in self.points if point.baseline or self.effect(point)]
-        known.sort(key=lambda point: self.study_sign * (effect.difference if (effect := self.effect(point)) else 0.0))
-        return known + [point for point in self.points if point not in known]
-
-    @property
-    def study_sign(self) -> int:
+    def sign(self) -> int:
         """1 if a smaller metric is better, else -1."""
         return 1 if self.study.minimize else -1
 
-    def better(self, effect: Effect) -> bool:
-        """Whether the difference is in the good direction."""
-        return self.study_sign * effect.difference < 0
+    @property
+    def winner(self) -> Point | None:
+        """The point of the study, at the base's learning rate, that won; else the one that came nearest."""
+        name = self.decision.point
+        origin = {point.name: point.origin for point in self.design.own}.get(name or "") or name
+        return next((point for point in self.points if point.name == origin), None)
 
     @property
-    def leads(self) -> bool:
-        """Whether the winner did better than the baseline in the search."""
-        effect = self.effect(self.winner) if self.winner else None
-        return effect is not None and self.better(effect)
+    def claimed(self) -> bool:
+        """Whether the study claims that its winner is better."""
+        return self.decision.claim is not None
+
+    def row(self, point: Point | None) -> Difference | None:
+        """The point against the baseline in the search."""
+        return next((row for row in self.rows if point is not None and row.point == point.name), None)
+
+    def better(self, difference: float | None) -> bool:
+        """Whether the difference is in the good direction."""
+        return difference is not None and self.sign * difference < 0
+
+    def of(self, point: Point, stage: str = "search") -> list[Result]:
+        """The runs of a point that count."""
+        return [
+            run for run in self.results if run.point.name == point.name and run.stage == stage and run.value is not None
+        ]
 
     def amount(self, value: float) -> str:
         """A size with its unit."""
         return f"{abs(value):.4f} {self.unit}"
 
-    def interval(self, effect: Effect, bits: bool = True) -> str:
-        """The interval of the size of an effect, its direction taken as the positive one; and its size in bits."""
-        if effect.low is None or effect.high is None:
+    def interval(self, of: Decision, bits: bool = False) -> str:
+        """The interval of a difference, its direction taken as the positive one; and its size in bits."""
+        if of.low is None or of.high is None or of.difference is None:
             return "no interval"
-        ends = sorted((effect.low, effect.high) if effect.difference > 0 else (-effect.low, -effect.high))
-        also = f"; {abs(effect.difference) * self.bits:.4f} bits per byte" if self.bits and bits else ""
-        return f"{CONFIDENCE:.0%} interval {number(ends[0])} to {number(ends[1])}{also}"
+        ends = sorted((of.low, of.high) if of.difference > 0 else (-of.low, -of.high))
+        also = f"; {abs(of.difference) * self.bits:.4f} bits per byte" if self.bits and bits else ""
+        return f"{confidence(of)} interval {number(ends[0])} to {number(ends[1])}{also}"
 
 
-def find(study: Study, results: list[Result]) -> Findings:
-    """Analyse the runs of a study; ``results`` as ``collect`` gives them."""
-    points = list({result.point.name: result.point for result in results}.values())
-    baseline = next(point for point in points if point.baseline)
-    search = analyse(values_of(results, False, lambda result: result.value), baseline.name)
-    best = winner(study, results, search)
-    confirmed = test = None
-    if best is not None:
-        pair = {best.name, baseline.name}
-        fresh = [result for result in results if result.point.name in pair and result.confirmation]
-        known = None if pair & set(search.uneven) else search.noise
-        again = analyse(values_of(fresh, True, lambda result: result.value), baseline.name, known)
-        confirmed = again.effects.get(best.name)
-        tested = analyse(values_of(results, False, test_loss), baseline.name)
-        known = None if pair & set(tested.uneven) else tested.noise
-        again = analyse(values_of(fresh, True, test_loss), baseline.name, known)
-        test = again.effects.get(best.name) or tested.effects.get(best.name)
-    return Findings(study, results, points, search, best, confirmed, test, bits_per_unit(study.metric, results))
+def find(study: Study) -> Findings:
+    """Read the runs of a study and decide. A look at fresh results is recorded once all of them are there.
 
-
-def winner(study: Study, results: list[Result], search: Analysis) -> Point | None:
-    """The point, other than the baseline, with the best mean on the search's seeds; the runner confirms it if it leads.
-
-    Only points whose every run counts are candidates: what diverges on one seed is not to be recommended. While no
-    point is complete those with the most runs stand in, their differences adjusted for the seeds that are missing.
-    None when no point can be compared with the baseline.
+    Raises BadInput when no run is finished yet.
     """
-    counts = {name: len(runs) for name, runs in values_of(results, False, lambda result: result.value).items()}
-    candidates = {name: effect for name, effect in search.effects.items() if counts[name] == len(study.seeds)}
-    failed = {result.point.name for result in results if result.status == "failed" and not result.confirmation}
-    if not candidates:
-        others = {name: effect for name, effect in search.effects.items() if name not in failed}
-        most = max((counts[name] for name in others), default=0)
-        candidates = {name: effect for name, effect in others.items() if counts[name] == most}
-    if not candidates:
-        return None
-    sign = 1 if study.minimize else -1
-    best = min(candidates, key=lambda name: sign * candidates[name].difference)
-    return next(result.point for result in results if result.point.name == best)
+    known = design(study)
+    results = results_of(known)
+    if not any(result.value is not None for result in results):
+        raise BadInput(nothing_finished(study, results))
+    number_of_look = look(known)
+    fresh, level = known.fresh(), deciding.level(number_of_look)
+    decision = deciding.decide(known.contest(), fresh, known.baseline.name, study.minimize, level)
+    test = judge_test(known, results, level) if fresh else None
+    rows = deciding.compare(known.search(), known.points[0].name, study.minimize)
+    return Findings(study, known, results, rows, decision, test, number_of_look, bits_per_unit(study.metric, results))
 
 
-def test_loss(result: Result) -> float | None:
-    """test/loss of a run's best checkpoint."""
-    return result.number("test/loss")
+def results_of(known: Design) -> list[Result]:
+    """The runs that are wanted, and those that an earlier version of the study left on the search's seeds."""
+    study = known.study
+    left = [(point, seed) for point in known.points for seed in study.seeds]
+    left = [(point, seed) for point, seed in left if study.run_directory(point, seed).exists()]
+    pairs = {(point.name, seed): point for point, seed in [*known.wanted, *left]}
+    names = list(dict.fromkeys(name for name, _ in pairs))
+    keys = sorted(pairs, key=lambda pair: (names.index(pair[0]), pair[1]))
+    return [known.result(pairs[key], key[1]) for key in keys]
 
 
-def values_of(results: list[Result], confirmation: bool, value: Callable[[Result], float | None]) -> Values:
-    """Point → seed → a value of each run that counts and has one."""
-    values: dict[str, dict[int, float]] = {}
-    for result in results:
-        held = value(result) if result.value is not None and result.confirmation == confirmation else None
-        if held is not None:
-            values.setdefault(result.point.name, {})[result.seed] = held
-    return values
+def nothing_finished(study: Study, results: list[Result]) -> str:
+    """The message when there is nothing to report on."""
+    states = [result.status for result in results]
+    counts = ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states)) or "no runs at all"
+    reasons = [f"; the first failed with: {result.reason}" for result in results if result.status == "failed"]
+    return (
+        f"no finished run in {study.directory} ({counts}){''.join(reasons[:1])}; "
+        "start the study, or let it go on: python -m scripts.study run YOUR_STUDY.yaml"
+    )
+
+
+def judge_test(known: Design, results: list[Result], level: float) -> Decision:
+    """test/loss of the winner's and the baseline's best checkpoints, on the fresh seeds, as the metric is judged."""
+
+    def losses(point: Point | None, fresh: bool) -> dict[int, float]:
+        runs = [run for run in results if point and run.point.name == point.name and (run.stage == "fresh") == fresh]
+        return {run.seed: loss for run in runs if (loss := run.number("test/loss")) is not None}
+
+    differences, earlier = (
+        deciding.paired(losses(known.winner, fresh), losses(known.baseline, fresh)) for fresh in (True, False)
+    )
+    return deciding.judge_pairs(differences, earlier, level)
 
 
 def bits_per_unit(metric: str, results: list[Result]) -> float | None:
     """Bits per byte in a nat per token; None when the metric is no loss or the runs differ in their tokens."""
-    if UNITS.get(metric) != "nats per token":
+    if UNITS.get(metric.removeprefix("best ")) != "nats per token":
         return None
     ratios = []
     for result in results:
@@ -156,7 +155,7 @@ def bits_per_unit(metric: str, results: list[Result]) -> float | None:
             ratios.append(bits / loss)
     if not ratios or max(ratios) > min(ratios) * (1 + 1e-4):
         return None
-    return mean(ratios)
+    return fmean(ratios)
 
 
 # ---------------------------------------------------------------------------------------------- in words
@@ -179,122 +178,142 @@ def counted(count: int, what: str) -> str:
     return f"{count} {what}" + ("" if count == 1 else "s")
 
 
-def chance(p: float | None) -> str:
-    """A p value in words that do not pretend to more than it has."""
-    if p is None:
-        return "p unknown"
-    return "p < 0.001" if p < 0.001 else f"p = {p:.2g}"
-
-
-def adjusted(findings: Findings, effect: Effect, where: str = "") -> str:
-    """How sure an effect of the search is with all points considered."""
-    return f"{chance(effect.adjusted_p)}{where}, adjusted for {counted(len(findings.search.effects), 'point')}"
+def confidence(of: Decision) -> str:
+    """How often such an interval holds the truth."""
+    return f"{100 * (1 - of.alpha):.3g}%"
 
 
 def answer(findings: Findings) -> list[str]:
-    """What helps, by how much and how sure, in two sentences."""
-    best, study = findings.winner, findings.study
-    effect = findings.effect(best) if best else None
-    if best is None or effect is None:
+    """What helps, by how much and how sure, and what to do about what is not sure. The first sentence says all."""
+    decision, best = findings.decision, findings.winner
+    if best is None or decision.search is None:
         return [
             "No point can be compared with the baseline yet.",
             "It takes finished runs of both on a common seed; python -m scripts.study run goes on where it stopped.",
         ]
-    name, metric = short(best.name), study.metric
-    verb = "lowers" if study.minimize else "raises"
-    more_seeds = "Give the study at least three seeds (seeds: 3); the runs there are will be kept."
-    if not findings.leads and findings.single_seed:
-        return [
-            f"One seed cannot tell an effect from luck: no point did better than the baseline, the nearest, {name}, "
-            f"ended {findings.amount(effect.difference)} worse, and nothing says whether that is noise.",
-            more_seeds,
-        ]
-    if not findings.leads:  # whether or not it was run on fresh seeds: there is no gain to confirm
-        worse = sum(other.claimed for other in findings.search.effects.values())
-        return [
-            f"No point did better than the baseline: the nearest, {name}, ended {findings.amount(effect.difference)} "
-            f"worse ({findings.interval(effect)}).",
-            f"{worse} of {len(findings.search.effects)} points are distinguishably worse; keep the baseline.",
-        ]
-    if findings.confirmed is not None and findings.confirmed.p is not None:
-        return answer_confirmed(findings, name, verb, effect, findings.confirmed)
-    if findings.single_seed:
-        return [
-            f"One seed cannot tell an effect from luck: {name} came out best, {findings.amount(effect.difference)} "
-            "better than the baseline, and nothing says whether that is noise.",
-            more_seeds,
-        ]
-    if effect.claimed:
-        return [
-            f"{name} {verb} {metric} by {findings.amount(effect.difference)} against the baseline "
-            f"({findings.interval(effect)}).",
-            f"That is more than noise ({adjusted(findings, effect)}), but it was chosen on these very seeds, which "
-            "flatters it, and has not been confirmed on fresh ones.",
-        ]
-    lead = f"The best, {name}, leads by {findings.amount(effect.difference)} ({findings.interval(effect)})."
-    return [nothing(findings), f"{lead}{planning(findings, effect)}"]
+    if decision.why_not == "nothing leads":
+        return nothing_leads(findings, best)
+    if decision.why_not in ("not run", "unfinished"):
+        return not_confirmed(findings, best)
+    if decision.why_not == "a run failed":
+        return fresh_run_failed(findings, best)
+    sentences = claim(findings, best) if decision.claim else luck(findings, best)
+    return [*sentences, *rates(findings, best), *tested(findings), *looked(findings)]
 
 
-def answer_confirmed(findings: Findings, name: str, verb: str, effect: Effect, confirmed: Effect) -> list[str]:
-    """The two sentences when the winner was run again on fresh seeds."""
-    seeds = counted(confirmed.seeds, "fresh seed")
-    searched = adjusted(findings, effect, " in the search")
-    if findings.single_seed:
-        searched = "the search had one seed and could not tell"
-    sure = confirmed.p is not None and confirmed.p < 1 - CONFIDENCE
-    if sure and findings.better(confirmed):
-        test = ""
-        if findings.test is not None and any(findings.of(findings.winner or findings.points[0], True)):
-            way = "lower" if findings.test.difference < 0 else "higher"
-            ends = findings.interval(findings.test, bits=False)
-            test = f", and test/loss is {abs(findings.test.difference):.4f} {way} there ({ends})"
-        return [
-            f"{name} {verb} {findings.study.metric} by {findings.amount(confirmed.difference)} against the baseline "
-            f"({findings.interval(confirmed)}).",
-            f"This was measured on {seeds} on which nothing was chosen ({chance(confirmed.p)}; {searched}){test}.",
-        ]
-    way, more = "worse", ""
-    if findings.better(confirmed):  # what the search showed is flattered, so that it plans nothing
-        way, more = "better", planning(findings, confirmed)
+def claim(findings: Findings, best: Point) -> list[str]:
+    """The answer of a study that found something."""
+    decision, verb = findings.decision, "lowers" if findings.study.minimize else "raises"
+    assert decision.difference is not None and decision.p is not None
     return [
-        nothing(findings) if not sure else f"{name} won the search but does not help.",
-        f"{name} led the search by {findings.amount(effect.difference)}; on {seeds} it is "
-        f"{abs(confirmed.difference):.4f} {way} than the baseline ({findings.interval(confirmed)}).{more}",
+        f"{short(best.name)} {verb} {findings.study.metric} by {findings.amount(decision.difference)} against the "
+        f"baseline ({findings.interval(decision, bits=True)}).",
+        f"This was measured on {counted(decision.seeds, 'fresh seed')} by which nothing was chosen: in a world where "
+        f"it does nothing, a gain this large would appear {deciding.once_in(decision.p)}.",
     ]
 
 
-def nothing(findings: Findings) -> str:
-    """The sentence of a study that shows no gain; the search may have found harm, or a gain that was not confirmed."""
-    worse = [effect for effect in findings.search.effects.values() if effect.claimed and not findings.better(effect)]
-    smallest, sd = findings.search.smallest, findings.search.noise.sd
-    some = f" ({len(worse)} of {len(findings.search.effects)} points are distinguishably worse)" if worse else ""
-    gained = [point for point in findings.ranked() if (effect := findings.effect(point)) and effect.claimed]
-    gained = [point for point in gained if findings.better(findings.search.effects[point.name])]
-    if gained:
-        point = findings.winner if findings.winner in gained else gained[0]
-        effect, name = findings.search.effects[point.name], short(point.name)
-        fate = "but it has not been run on fresh seeds"
-        if point == findings.winner and findings.confirmed is not None:
-            fate = f"but that was not confirmed on {counted(findings.confirmed.seeds, 'fresh seed')}"
-        sure = adjusted(findings, effect)
-        return f"{name} did better than the baseline in the search ({sure}), {fate}."
-    if sd is None:
-        return f"No gain here is distinguishable from noise{some}."
-    luck = f"runs differ by {sd:.4f} {findings.unit} (standard deviation) from luck alone"
-    if smallest is not None:
-        luck += f", and this study sees true differences from {smallest:.4f} on"
-    return f"No gain here is distinguishable from noise{some}: {luck}."
+def luck(findings: Findings, best: Point) -> list[str]:
+    """The answer when fresh seeds show no more than luck could."""
+    decision, name = findings.decision, short(best.name)
+    if decision.difference is None or decision.sd is None:
+        return [f"One pair of runs cannot tell {name} from luck.", "Give the study more fresh seeds: confirm_seeds: 8."]
+    way = "better" if findings.better(decision.difference) else "worse"
+    visible = deciding.smallest_visible(decision.sd, decision.seeds, decision.degrees, decision.alpha)
+    plan = f"Such a study sees a true gain from {findings.amount(visible)} on in four cases of five."
+    if way == "better":
+        level = deciding.level(findings.look + 1)
+        needed = deciding.seeds_needed(
+            decision.difference, decision.sd, int(decision.degrees) - decision.seeds + 1, level
+        )
+        if needed is None or needed > 2 * decision.seeds * 10:
+            plan += " If the gain is as small as it looks, no reasonable number of seeds would show it."
+        else:
+            plan += f" If the gain is what it looks like, {needed} fresh seeds would: confirm_seeds: {needed}."
+    return [
+        f"No gain here is distinguishable from luck: the best, {name}, ends {findings.amount(decision.difference)} "
+        f"{way} than the baseline on {counted(decision.seeds, 'fresh seed')} ({findings.interval(decision)}).",
+        plan,
+    ]
 
 
-def planning(findings: Findings, effect: Effect) -> str:
-    """A sentence on how many seeds would settle an effect of this size; empty where the common noise says nothing."""
-    if findings.search.noise.sd is None:
-        return " The search needs at least three seeds to tell more."
-    if findings.search.smallest is None:
-        return ""
-    needed = seeds_needed(effect.difference, findings.search.noise.sd, len(findings.search.effects))
-    count = "more than 10,000" if needed is None else f"about {needed:,}"
-    return f" To see a true difference of {abs(effect.difference):.4f} a study like this needs {count} seeds."
+def nothing_leads(findings: Findings, best: Point) -> list[str]:
+    """The answer when the baseline is best."""
+    row = findings.row(best)
+    if findings.design.own and row is not None:
+        return [
+            "No point did better than the baseline once each had its own learning rate.",
+            f"At one rate for all {short(best.name)} led by {findings.amount(row.mean)}; that gain is one of the rate.",
+        ]
+    nearest = ""
+    if findings.decision.search is not None:
+        worse = findings.decision.search.mean
+        nearest = f": the nearest, {short(best.name)}, ended {findings.amount(worse)} worse" if worse else ""
+    seeds = counted(len(findings.study.seeds), "seed")
+    return [f"No point did better than the baseline in the search{nearest}.", f"On {seeds} of it; keep the baseline."]
+
+
+def not_confirmed(findings: Findings, best: Point) -> list[str]:
+    """The answer while there are no results of fresh seeds."""
+    study, row = findings.study, findings.row(best)
+    lead = f" by {findings.amount(row.mean)}" if row else ""
+    first = f"Nothing is claimed yet: {short(best.name)} leads the search{lead}, on the seeds on which it was chosen."
+    if not study.confirm_seeds:
+        return [
+            first,
+            "The study has no fresh seeds (confirm_seeds: 0); with them the same command confirms it, or not.",
+        ]
+    done = sum(result.stage == "fresh" and result.over for result in findings.results)
+    return [
+        first,
+        f"The study is at its {findings.design.stage}, {done} of {2 * study.confirm_seeds} fresh runs are over; "
+        "the same command goes on: python -m scripts.study run.",
+    ]
+
+
+def fresh_run_failed(findings: Findings, best: Point) -> list[str]:
+    """The answer when a run that a claim would rest on failed."""
+    name, seed = findings.decision.failed[0]
+    others = len(findings.decision.failed) - 1
+    more = f" and {others} more" if others else ""
+    result = next(run for run in findings.results if run.point.name == name and run.seed == seed)
+    return [
+        f"Not confirmed: a run failed, {short(name)} on the fresh seed {seed}{more} ({result.reason}).",
+        f"{short(best.name)} won the search, but what fails on a seed cannot be recommended, and leaving the run out "
+        "would flatter one side; mend the cause and give the same command again.",
+    ]
+
+
+def rates(findings: Findings, best: Point) -> list[str]:
+    """What the learning rates were, and what the gain was at one rate for all."""
+    study, known, row = findings.study, findings.design, findings.row(best)
+    if not study.tune:
+        return ["Both ran at the base's learning rate: how much of a gain another rate would bring alone is not known."]
+    knob = next(iter(study.tune)).rsplit(".", 1)[-1]
+    mine, its = (known.chosen[point.name] for point in (best, known.points[0]))
+    at_one = f" At one {knob} for all it led the search by {findings.amount(row.mean)}." if row else ""
+    if mine == its:
+        return [f"Each had its own best {knob}, and both did best at {mine:g} times the base's.{at_one}"]
+    return [f"Each had its own best {knob}: {mine:g} times the base's, and {its:g} times for the baseline.{at_one}"]
+
+
+def tested(findings: Findings) -> list[str]:
+    """What the test says."""
+    test = findings.test
+    if test is None or test.difference is None:
+        return []
+    way = "lower" if test.difference < 0 else "higher"
+    return [f"test/loss is {abs(test.difference):.4f} {way} on these seeds ({findings.interval(test)})."]
+
+
+def looked(findings: Findings) -> list[str]:
+    """What earlier looks at fresh results cost this one."""
+    if findings.look == 1:
+        return []
+    sure = confidence(findings.decision)
+    return [
+        f"This is look {findings.look} at fresh results; earlier ones spent part of the 5%, so that this needs {sure}."
+    ]
 
 
 def cautions(findings: Findings) -> list[str]:
@@ -302,29 +321,80 @@ def cautions(findings: Findings) -> list[str]:
     study, results = findings.study, findings.results
     lines = list(study.warnings())
     failed = [result for result in results if result.status == "failed"]
-    open_ones = [result for result in results if result.status in ("running", "preempted", "waiting")]
+    open_ones = [result for result in results if not result.over]
     if failed:
         names = ", ".join(dict.fromkeys(short(result.point.name) for result in failed))
-        lines.append(f"{len(failed)} of {len(results)} runs failed ({names}); they are listed below with their reason")
+        lines.append(f"{len(failed)} of {len(results)} runs failed ({names}); they are listed with their reason")
     if open_ones:
         lines.append(f"{len(open_ones)} of {len(results)} runs are not finished; the numbers will still move")
-    if findings.search.uneven:
-        names = "; ".join(map(short, findings.search.uneven))
+    unchanged = [short(row.point) for row in findings.rows if row.unchanged]
+    if unchanged:
+        lines.append(f"changed nothing, to the last digit of {study.metric}: {'; '.join(unchanged)}")
+    lines += [*edges(findings), *far_off(findings)]
+    if findings.claimed and (factor := deciding.exaggeration(findings.decision)) and factor >= 1.05:
         lines.append(
-            f"more varied from seed to seed than the other points: {names} (weak regularizers follow the baseline's "
-            "run closely and these do not; a seed that diverged is another reason); they are kept out of the common "
-            "noise, and compared by their own and the baseline's runs alone"
+            "what passes a test looks larger than it is: were the true gain the one measured, studies that claim it "
+            f"would on average measure {factor:.1f} times as much"
         )
-    if findings.winner is not None and not findings.single_seed:
-        effect = findings.effect(findings.winner)
-        if findings.confirmed is None and effect is not None and findings.better(effect):
-            lines.append(
-                f"{short(findings.winner.name)} has not been run on fresh seeds: its lead is measured on the seeds on "
-                "which it was chosen, and its test/loss too"
-            )
-    if any(result.summary.get("stopped_early") for result in results):
-        lines.append("runs that were stopped early count with the best evaluation, whose weights they restored")
     for what in ("versions", "hardware"):
         if len({repr(result.summary.get(what)) for result in results if result.value is not None}) > 1:
-            lines.append(f"the runs differ in their {what}, see the end of this page; differences may be theirs")
+            lines.append(f"the runs differ in their {what}, see the end of the report; differences may be theirs")
     return lines
+
+
+def settings(findings: Findings) -> dict[str, dict[str, Any]]:
+    """Point -> the knobs in which any two points differ -> value, in the order of config.py."""
+    study = findings.study
+    flat = {point.name: study.config(point, 0).flat() for point in findings.points}
+    first = flat[findings.points[0].name]
+    aside = ("run.", "tracking.", "checkpoint.")  # sections that say nothing about what a point is
+    differing = [
+        knob
+        for knob in first
+        if not knob.startswith(aside) and any(values[knob] != first[knob] for values in flat.values())
+    ]
+    return {name: {knob: values[knob] for knob in differing} for name, values in flat.items()}
+
+
+def edges(findings: Findings) -> list[str]:
+    """Where the winner lies at the edge of the values that were tried, in its knobs and in its learning rate."""
+    best, lines = findings.winner, []
+    if best is None or not findings.better(findings.decision.difference):
+        return []
+    chosen = settings(findings)
+    for knob, value in chosen[best.name].items():
+        tried = {values[knob] for values in chosen.values() if is_number(values[knob]) and values[knob]}
+        if is_number(value) and value and len(tried) > 1 and value in (min(tried), max(tried)):
+            way, beyond = ("largest", "larger") if value == max(tried) else ("smallest", "smaller")
+            lines.append(f"{short(knob)}={value:g} is the {way} value tried; the best may be {beyond}")
+    for name, multiple in findings.design.chosen.items():
+        if multiple in (findings.design.tried[0], findings.design.tried[-1]):
+            lines.append(f"{short(name)} did best at {multiple:g} times the base's rate, the end of those tried")
+    return lines
+
+
+def is_number(value: Any) -> bool:
+    """Whether the value has a place on an axis."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def far_off(findings: Findings) -> list[str]:
+    """Runs whose value is far from those of their point on other seeds: they may have diverged without failing."""
+    by_point: dict[str, list[Result]] = {}
+    for result in findings.results:
+        if result.value is not None:
+            by_point.setdefault(result.point.name, []).append(result)
+    away = [
+        (result, abs((result.value or 0.0) - middle), middle)
+        for runs in by_point.values()
+        if len(runs) > 2
+        for middle in [median(run.value or 0.0 for run in runs)]
+        for result in runs
+    ]
+    usual = median(distance for _, distance, _ in away) if away else 0.0
+    return [
+        f"{short(run.point.name)} ended at {run.value:.4f} on seed {run.seed}, far from its others ({middle:.4f}); "
+        "did it diverge?"
+        for run, distance, middle in away
+        if usual and distance > FAR * usual
+    ]

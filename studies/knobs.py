@@ -50,11 +50,14 @@ def unknown_knob(name: str, place: str) -> str:
     return f"unknown knob {name!r} in {place}" + (f"; did you mean {short[near[0]]}?" if near else "; see --help")
 
 
-def name_of(knobs: dict[str, Any]) -> str:
-    """A point's name: its knobs and values, safe as the name of a directory, the same for the same knobs."""
+def name_of(knobs: dict[str, Any], of: str | None = None) -> str:
+    """A point's name: its knobs and values, safe as the name of a directory, the same for the same knobs.
+
+    ``of``: the name of the point of which it is a variation.
+    """
     if not knobs:
         return "base"
-    parts = []
+    parts = [of] if of else []
     for knob, value in knobs.items():
         short = knob.rsplit(".", 1)[-1]
         alone = sum(key.endswith(f".{short}") for key in fields()) == 1

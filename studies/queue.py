@@ -24,7 +24,7 @@ from optuna.trial import FrozenTrial, TrialState
 import files
 from config import BadInput
 from studies.knobs import name_of, whole
-from studies.space import Point, Range, Study, confirmation_seeds
+from studies.space import FRESH_SEEDS, Point, Range, Study
 from studies.storage import AWAY, patient, storage_url, why_away, without_password
 
 HEARTBEAT = 3  # seconds between two signs of life of a worker
@@ -33,7 +33,7 @@ GRACE = 12  # seconds of silence after which its task is handed to another
 
 @dataclass(frozen=True)
 class Task:
-    """What one worker does at a time: a point on one seed, or, searched for, on all seeds of the study."""
+    """What one worker does at a time: a point on one seed, or, searched for, on the seeds that all points get."""
 
     trial: int  # the trial's identity in the database
     point: Point
@@ -119,20 +119,21 @@ class Queue:
         """
         with self.alone():
             points = {point.name: point for point in self.study.points()}
-            seeds = {*self.study.seeds, *confirmation_seeds(self.study)}
             for trial in self._trials(TrialState.WAITING):
                 told = trial.user_attrs
-                point = points.get(told.get("point", ""))
-                gone = point is None or told["seed"] not in seeds or told["knobs"] != as_stored(point.knobs)
-                if key(trial) and gone:
+                point = points.get(told.get("origin") or told.get("point", ""))
+                changed = point is not None and not told.get("origin") and told.get("knobs") != as_stored(point.knobs)
+                other_seed = told.get("seed", FRESH_SEEDS) not in (*self.study.seeds, *range(FRESH_SEEDS, 10**6))
+                if key(trial) and (point is None or changed or other_seed):
                     self.storage.set_trial_state_values(trial._trial_id, TrialState.FAIL)
             there = self._trials(TrialState.WAITING, TrialState.RUNNING)
             busy: set[Any] = {key(trial) for trial in there}
-            # A search that has chosen its point trains it on all seeds.
-            busy |= {(trial.user_attrs.get("found"), seed) for trial in there for seed in self.study.seeds}
+            # A search that has chosen its point trains it on the first seeds.
+            busy |= {(trial.user_attrs.get("found"), seed) for trial in there for seed in self.study.rungs[0]}
             for point, seed in wanted:
                 if (point.name, seed) not in busy:
-                    self.shared.enqueue_trial({}, user_attrs={"point": point.name, "knobs": point.knobs, "seed": seed})
+                    told = {"point": point.name, "knobs": point.knobs, "seed": seed, "origin": point.origin}
+                    self.shared.enqueue_trial({}, user_attrs=told)
             begun = [trial for trial in (*there, *self._trials(TrialState.COMPLETE)) if key(trial) is None]
             # A failed trial is not replaced: its point is known and its runs are wanted already.
             failed = {trial.user_attrs.get("found") for trial in self._trials(TrialState.FAIL)}
@@ -193,7 +194,7 @@ class Queue:
     def _task(self, trial: FrozenTrial, points: dict[str, Point]) -> Task:
         told = trial.user_attrs
         if "point" in told:  # by its name: what the study file says of it may have changed since
-            point = points.get(told["point"], Point(told["point"], told["knobs"]))
+            point = points.get(told["point"], Point(told["point"], told["knobs"], told.get("origin")))
             return Task(trial._trial_id, point, [told["seed"]], searched=False)
         # A searched point: what an earlier worker chose before it died is kept by the trial.
         # A seed of its own for each: workers do not draw the same, and one worker alone draws the same each time.
@@ -202,7 +203,7 @@ class Queue:
         knobs = {knob: choose(chooser, knob, side) for knob, side in self.study.ranges().items()}
         point = Point(name_of(knobs), knobs)
         self.storage.set_trial_user_attr(trial._trial_id, "found", point.name)
-        return Task(trial._trial_id, point, self.study.seeds, searched=True)
+        return Task(trial._trial_id, point, self.study.rungs[0], searched=True)
 
 
 def key(trial: FrozenTrial) -> tuple[str, int] | None:

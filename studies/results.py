@@ -1,7 +1,7 @@
 """What the runs of a study came to, read from their directories alone: nobody else's memory is trusted.
 
 A run counts when its summary says finished and its metric is a finite number; everything else is listed with the
-reason. Runs on the confirmation seeds (fresh ones, on which the winner and the baseline are run again) are marked.
+reason.
 """
 
 from __future__ import annotations
@@ -13,9 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from config import BadInput
 from files import write_text
-from studies.space import Point, Study, confirmation_seeds
+from studies.space import FRESH_SEEDS, TUNING_SEEDS, Point, Study
 from tracking.metrics import read_metrics
 from tracking.run_directory import read_summary
 
@@ -46,7 +45,16 @@ class Result:
     records: list[dict[str, Any]]
     value: float | None
     directory: Path
-    confirmation: bool = False
+
+    @property
+    def over(self) -> bool:
+        """Whether nothing more comes of it unless it is started again."""
+        return self.status in (FINISHED, "failed")
+
+    @property
+    def stage(self) -> str:
+        """What its seed is for: search, tuning or fresh."""
+        return "search" if self.seed < FRESH_SEEDS else "fresh" if self.seed < TUNING_SEEDS else "tuning"
 
     def number(self, name: str) -> float | None:
         """A metric of the run as it ended: of the records, or a value of the summary, or ``seconds`` of training."""
@@ -55,7 +63,7 @@ class Result:
             if not (speed and tokens and steps):
                 return None
             return float(tokens / speed if name == "seconds" else tokens / speed / steps)
-        value = last_value(self.records, self.summary, name)
+        value = value_of(self.records, name)
         return value if value is not None else _finite(self.summary.get(name))
 
     @property
@@ -77,54 +85,34 @@ class Result:
 def metric_value(run_directory: Path, metric: str) -> float | None:
     """The value of ``metric`` that counts for the run, None if there is none or it is not finite.
 
-    That is the last one in metrics.jsonl; of averaged weights when they were evaluated there
-    (``val_average/...`` for ``val/...``); and of the step whose weights were restored when the run was stopped early.
+    That is the last one in metrics.jsonl, or, of "best ...", the best one; of averaged weights from where they were
+    evaluated on (``val_average/...`` for ``val/...``).
     """
-    return last_value(read_metrics(run_directory), read_summary(run_directory), metric)
+    return value_of(read_metrics(run_directory), metric)
 
 
-def last_value(records: list[dict[str, Any]], summary: dict[str, Any], metric: str) -> float | None:
-    """``metric_value`` of records and a summary that were read already."""
-    twin = metric.replace("val/", "val_average/", 1) if metric.startswith("val/") else metric
+def value_of(records: list[dict[str, Any]], metric: str) -> float | None:
+    """``metric_value`` of records that were read already."""
+    name = metric.removeprefix("best ")
+    twin = name.replace("val/", "val_average/", 1) if name.startswith("val/") else name
     # The last line that has it, even as null (not finite): an earlier value is not what the run came to.
-    held = [record for record in records if metric in record or twin in record]
-    if summary.get("stopped_early") and "best/step" in summary:
-        held = [record for record in held if record["step"] <= summary["best/step"]]
-    return _finite(held[-1].get(twin, held[-1].get(metric))) if held else None
+    held = [_finite(record.get(twin, record.get(name))) for record in records if name in record or twin in record]
+    if name == metric or not held:
+        return held[-1] if held else None
+    known = [value for value in held if value is not None]
+    better = max if name.endswith("accuracy") else min
+    return better(known) if known else None
 
 
-def collect(study: Study, points: Sequence[Point] | None = None) -> list[Result]:
-    """All runs of the study, in the order of the points and seeds, the confirmation's last for each point.
-
-    ``points``: those of a search that makes them up as it goes (tpe), the baseline first; else ``study.points()``.
-    Raises BadInput when no run is finished yet.
-    """
-    fresh = [seed for seed in confirmation_seeds(study) if seed not in study.seeds]
-    results = []
-    for point in points if points is not None else study.points():
-        results += [_read(study, point, seed) for seed in study.seeds]
-        results += [_read(study, point, seed, True) for seed in fresh if study.run_directory(point, seed).exists()]
-    if not any(result.value is not None for result in results):
-        states = [result.status for result in results]
-        counts = ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states)) or "no runs at all"
-        failed = next(
-            (f"; the first failed with: {result.reason}" for result in results if result.status == "failed"), ""
-        )
-        raise BadInput(
-            f"no finished run in {study.directory} ({counts}){failed}; "
-            "start the study, or let it go on: python -m scripts.study run YOUR_STUDY.yaml"
-        )
-    return results
-
-
-def _read(study: Study, point: Point, seed: int, confirmation: bool = False) -> Result:
-    directory = Path(study.run_directory(point, seed))
+def read_result(study: Study, point: Point, seed: int) -> Result:
+    """What the run of a point on a seed came to so far."""
+    directory = study.run_directory(point, seed)
     summary, records = read_summary(directory), read_metrics(directory)
     status = str(summary.get("status", "waiting"))
-    value = last_value(records, summary, study.metric) if status == FINISHED else None
+    value = value_of(records, study.metric) if status == FINISHED else None
     if status == FINISHED and value is None:
         status = "failed"
-    return Result(point, seed, status, summary, records, value, directory, confirmation)
+    return Result(point, seed, status, summary, records, value, directory)
 
 
 def _finite(value: Any) -> float | None:
@@ -147,7 +135,7 @@ def write_results(path: Path, study: Study, results: list[Result]) -> None:
             configs[result.point.name] = study.config(result.point, result.seed).flat()
         row: dict[str, Any] = {"point": result.point.name, "seed": result.seed}
         row |= {knob: configs[result.point.name].get(knob) for knob in knobs}
-        row |= {"status": result.status, "confirmation": str(result.confirmation).lower(), "metric": result.value}
+        row |= {"status": result.status, "stage": result.stage, "value": result.value}
         row |= {name: result.number(metric) for name, metric in COLUMNS.items()}
         rows.append(row | {"reason": result.reason, "directory": result.directory})
     write_table(path, rows)

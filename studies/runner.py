@@ -1,4 +1,4 @@
-"""From a study file to finished runs: the corpora, the queue, the workers of this machine, the confirmation.
+"""From a study file to finished runs: the corpora, the queue, the workers of this machine, stage after stage.
 
 Any number of these, on one machine or on several that share the runs' directory and the storage, work on one study.
 """
@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import yaml
 from tqdm import tqdm
@@ -20,29 +21,35 @@ from data.prepare import prepare
 from files import write_text
 from program import FAILED, FINISHED, PREEMPTED, cores, warn
 from studies import processes
+from studies.design import Design, design
 from studies.queue import Queue
-from studies.results import collect, is_finished
-from studies.space import Point, Study, confirmation_seeds
+from studies.results import is_finished
+from studies.space import Point, Study
 from studies.storage import storage_url, without_password
 from tracking.run_directory import check_config
 
 SHOWN = 5  # of many mistakes of one kind
+STAGES = {
+    "search": "search: every point on few seeds, the best on more",
+    "tuning": "tuning: the best points and the baseline at several learning rates, on seeds of their own",
+    "fresh": "best so far: {winner}; it and the baseline are run on fresh seeds, by which nothing was chosen",
+    "done": "runs that failed earlier are tried again",
+}
 
 
 def run_study(study: Study) -> int:
-    """All runs of the study, as far as they are not finished; returns the exit code.
+    """All runs of the study, stage after stage, as far as they are not finished; returns the exit code.
 
     Raises BadInput for runs of another config in the study's directory, for text that cannot be read and for a
     storage that cannot be reached, before anything is started.
     """
     points = study.points()
-    searched = pairs(study)
     number = max(len(points), 1 + (study.trials or 0))
-    print(f"{number * len(study.seeds)} runs: {number} points on {len(study.seeds)} seeds", flush=True)
+    print(f"{number} points on {len(study.rungs[0])} seeds, the best on more", flush=True)
     for warning in study.warnings():
         warn(warning)
-    check_runs(study, searched)
-    sources = [study.config(point, study.seeds[0]).data for point in points]
+    check_runs(study, design(study).wanted)
+    sources = [study.config(point, 0).data for point in points]
     for data in {source.model_dump_json(): source for source in sources}.values():
         prepare(data)  # once, not by every worker
     queue = Queue(study)
@@ -53,22 +60,24 @@ def run_study(study: Study) -> int:
     write_text(file, yaml.safe_dump(stored, sort_keys=False, allow_unicode=True))
 
     crew = Crew(study, file, {} if password is None else {"PGPASSWORD": password})
-    queue.fill(unfinished(study, searched), study.trials or 0)
-    # A point that is not chosen yet has no run that could be unfinished.
-    crew.work(len(unfinished(study, searched)) + queue.searching().count(None) * len(study.seeds))
-    # The queue need not be empty: another command may have put the confirmation there already.
-    searched_all = queue.empty() or not (unfinished(study, pairs(study)) or queue.searching())
-    best = to_confirm(study) if searched_all else None
-    confirmed = [(point, seed) for point in (points[0], best) if best and point for seed in confirmation_seeds(study)]
-    left = unfinished(study, confirmed)
-    if left and best and not crew.told_to_stop:
-        print(f"best so far: {best.name}; it and the baseline are run on fresh seeds to confirm it", flush=True)
-        queue.fill(left)
-        crew.work(len(left))
+    tried: set[Any] = set()  # by this command: what failed, or has nobody left to do it, is tried once
+    while not crew.told_to_stop:
+        known = design(study)
+        queue.fill([], study.trials or 0)
+        searches = queue.searching()
+        todo = [pair for pair in runs_to_start(known, bool(searches)) if (pair[0].name, pair[1]) not in tried]
+        new = {(point.name, seed) for point, seed in todo} | set(enumerate(searches))
+        if new <= tried:
+            break
+        tried |= new
+        queue.fill(todo)
+        print(STAGES[known.stage].format(winner=known.winner.name if known.winner else ""), flush=True)
+        # A point that is not chosen yet has no run that could be unfinished.
+        crew.work(len(todo) + searches.count(None) * len(study.rungs[0]))
     if crew.told_to_stop:
         print("stopped; the same command goes on from here", flush=True)
         return PREEMPTED
-    missing = unfinished(study, pairs(study) + confirmed)
+    missing = unfinished(design(study))
     for point, seed in missing[:SHOWN]:
         warn(f"{point.name} seed {seed} is not finished; see {study.run_directory(point, seed) / 'train.log'}")
     if missing:
@@ -76,26 +85,18 @@ def run_study(study: Study) -> int:
     return FAILED if missing else FINISHED
 
 
-def pairs(study: Study) -> list[tuple[Point, int]]:
-    """Every point that is known with every seed, the baseline first."""
-    return [(point, seed) for point in study.points() for seed in study.seeds]
+def unfinished(known: Design) -> list[tuple[Point, int]]:
+    """What is wanted and not finished."""
+    return [(point, seed) for point, seed in known.wanted if not is_finished(known.study.run_directory(point, seed))]
 
 
-def unfinished(study: Study, wanted: list[tuple[Point, int]]) -> list[tuple[Point, int]]:
-    """Those whose run is not finished, as its directory tells."""
-    return [(point, seed) for point, seed in wanted if not is_finished(study.run_directory(point, seed))]
+def runs_to_start(known: Design, searching: bool) -> list[tuple[Point, int]]:
+    """What is wanted now. What failed earlier comes first and alone, since later stages depend on it.
 
-
-def to_confirm(study: Study) -> Point | None:
-    """The point that is worth fresh seeds: the report's winner, if its every run counts and the baseline is beaten."""
-    from studies.findings import find  # scipy takes a moment
-
-    try:
-        findings = find(study, collect(study))
-    except BadInput:  # no run is finished
-        return None
-    best = findings.winner
-    return best if best and findings.leads and len(findings.of(best)) == len(study.seeds) else None
+    ``searching``: whether points are still being found, before which none goes on to more seeds.
+    """
+    left = [pair for pair in unfinished(known) if not searching or pair[1] in known.study.rungs[0]]
+    return [pair for pair in left if known.result(*pair).over] or left
 
 
 def check_runs(study: Study, wanted: list[tuple[Point, int]]) -> None:

@@ -6,10 +6,13 @@
     space:                                # grid: knob -> values; list: a list of points; tpe: knob -> {min, max, log}
       weight_decay: [0.1, 1]              # a knob's short name will do where only one section has it
       residual_dropout: [0, 0.1]
-    seeds: 5
+    seeds: 4                              # of the best points in the search; the others get fewer
     baseline: {weight_decay: 0.1}         # what all is compared with; {}: the base as it is
+    tune: {optimizer.lr: [0.5, 1, 2]}     # multiples tried for the best points and the baseline alike; null: none
+    confirm_seeds: 8                      # fresh seeds, by which nothing is chosen, from which alone a gain is claimed
 
-A point sets knobs on top of the base. Each point is run on every seed, in runs/<study>/<point>-seed<k>/.
+A point sets knobs on top of the base; studies/design.py says on which seeds it is run. Its runs lie in
+runs/<study>/<point>-seed<k>/.
 """
 
 from __future__ import annotations
@@ -32,14 +35,16 @@ from studies.knobs import LONGEST_NAME, full_names, name_of
 from tracking.run_directory import read_config
 
 BASELINE = "baseline"
+SCORES = ("loss", "perplexity", "bits_per_byte", "accuracy", "ece", "brier", "entropy", "log_z")
 METRICS = (
-    *(
-        f"val/{name}"
-        for name in ("loss", "perplexity", "bits_per_byte", "accuracy", "ece", "brier", "entropy", "log_z")
-    ),
+    *(f"val/{name}" for name in SCORES),
     "gap/loss",
     "train/loss",
+    *(f"best val/{name}" for name in SCORES),
 )
+# Each purpose has seeds of its own, so that no run serves two: those of the search are below FRESH_SEEDS.
+FRESH_SEEDS, TUNING_SEEDS, PILOT_SEEDS, SCALE_SEEDS = 1000, 2000, 3000, 4000
+N_TUNING_SEEDS = 2
 # Knobs that change the text, or what a token sees of it, or the unit in which the metric is measured.
 MEASURED_ON = {
     *(f"data.{name}" for name in ("corpus", "path", "subset", "source_split", "text_field", "document", "transform")),
@@ -57,6 +62,7 @@ class Point:
 
     name: str
     knobs: dict[str, Any] = field(hash=False)
+    origin: str | None = None  # of a variation (another learning rate, another amount of text): the point it is of
 
     @property
     def baseline(self) -> bool:
@@ -94,18 +100,22 @@ class Study(Section):
     or values."""
     trials: int | None = Field(None, ge=1)
     """tpe: how many points are tried."""
-    seeds: list[Annotated[int, Field(ge=0)]]
-    """Seeds of each point; a number n means 0 to n-1."""
+    seeds: list[Annotated[int, Field(ge=0, lt=FRESH_SEEDS)]] = Field(default=[0, 1, 2, 3])
+    """Seeds of the search; a number n means 0 to n-1. The best two points get all of them, the best third of the points
+    one fewer, all others two fewer."""
     baseline: dict[str, Any] = Field({})
     """What all points are compared with."""
     metric: str = "val/loss"
-    """What is compared: its value at the end of a run."""
+    """What is compared: its value at the last evaluation of a run, or, as in "best val/loss", at its best one."""
+    tune: dict[str, list[Annotated[float, Field(gt=0)]]] | None = Field({"optimizer.lr": [0.5, 1.0, 2.0]}, max_length=1)
+    """A knob and the multiples of its value that are tried for the best points and the baseline alike, so that a gain
+    is not that of a learning rate. null: every point keeps its own, and the answer says so."""
     workers: Literal["auto"] | Annotated[int, Field(ge=1, le=1024)] = "auto"
     """Runs at a time on this machine. auto: one a GPU, or one a core."""
     storage: str | None = Field(None, pattern=r"^(sqlite:///.|postgresql(\+psycopg)?://.)")
     """Where the queue lives: a database URL. null: a SQLite file in the study's directory."""
-    confirm_seeds: int = Field(3, ge=0)
-    """Fresh seeds on which the winner and the baseline are run again, so that the choice does not flatter."""
+    confirm_seeds: int = Field(8, ge=0, le=TUNING_SEEDS - FRESH_SEEDS)
+    """Fresh seeds on which the winner and the baseline are run again; only from these is a gain claimed."""
 
     @field_validator("seeds", mode="before")
     @classmethod
@@ -119,12 +129,17 @@ class Study(Section):
                 raise ValueError(f"seed {', '.join(twice)} is given more than once")
         return seeds
 
+    @field_validator("tune", mode="before")
+    @classmethod
+    def _tune(cls, value: Any) -> Any:
+        return None if value is False else value  # YAML's "off"
+
     @field_validator("metric")
     @classmethod
     def _metric(cls, value: str) -> str:
         if value in METRICS:
             return value
-        if value.startswith("test/"):
+        if value.removeprefix("best ").startswith("test/"):
             raise ValueError("a study selects on val; its report gives the test")
         near = difflib.get_close_matches(value, METRICS, 1)
         raise ValueError(f"did you mean {near[0]}?" if near else f"must be one of {', '.join(METRICS)}")
@@ -139,12 +154,31 @@ class Study(Section):
             raise ValueError(f"space must be {what} for search: {self.search}")
         if not self.space:
             raise ValueError("the space is empty: give at least one knob with its values")
+        for knob, multiples in (self.tune or {}).items():
+            if 1.0 not in multiples or len(set(multiples)) < 3 or sorted(set(multiples)) != multiples:
+                raise ValueError(f"tune must give {knob} at least three multiples, ascending, with 1 among them")
         return self
 
     @property
     def minimize(self) -> bool:
         """Whether a smaller metric is the better one."""
-        return self.metric != "val/accuracy"
+        return not self.metric.endswith("val/accuracy")
+
+    @property
+    def rungs(self) -> list[list[int]]:
+        """The search's seeds that all points get, then those of the best third, then those of the best two."""
+        count = len(self.seeds)
+        return [self.seeds[: max(1, count - 2)], self.seeds[: max(1, count - 1)], self.seeds]
+
+    @property
+    def fresh_seeds(self) -> list[int]:
+        """Seeds by which nothing is chosen."""
+        return list(range(FRESH_SEEDS, FRESH_SEEDS + self.confirm_seeds))
+
+    @property
+    def tuning_seeds(self) -> list[int]:
+        """Seeds on which multiples of the tuned knob are tried."""
+        return list(range(TUNING_SEEDS, TUNING_SEEDS + N_TUNING_SEEDS))
 
     @property
     def directory(self) -> Path:
@@ -176,6 +210,18 @@ class Study(Section):
         where |= {"tracking.group": self.name, "tracking.tags": [tag[:64] for tag in tags]}  # W&B takes no longer ones
         return self._make(point.knobs | where, f"point {point.name}")
 
+    def tuned(self, point: Point, multiple: float) -> Point:
+        """The point with another multiple of the tuned knob; itself at 1."""
+        if multiple == 1:
+            return point
+        (knob,) = full_names(self.tune or {}, "tune", [])
+        value = float(f"{self.config(point, 0).flat()[knob] * multiple:.4g}")
+        return self.variation(point, {knob: value})
+
+    def variation(self, point: Point, knobs: dict[str, Any]) -> Point:
+        """The point with other knobs on top, named after it."""
+        return Point(name_of(knobs, point.name), point.knobs | knobs, origin=point.name)
+
     def ranges(self) -> dict[str, Range | list[Any]]:
         """grid, tpe: full name of each knob -> its values, or between which they are chosen."""
         return {
@@ -189,8 +235,13 @@ class Study(Section):
         """What a reader of the results should know beforehand."""
         varied = {knob for point in self.checked_points[0] for knob in point.knobs} | set(self._sides([]))
         found = []
-        if len(self.seeds) == 1:
-            found.append("one seed: the report can give no intervals and no ranking; give at least 'seeds: 3'")
+        if not self.confirm_seeds:
+            found.append("confirm_seeds is 0: without fresh seeds the study explores, and nothing can be claimed")
+        if self.tune is None and self.confirm_seeds:
+            found.append("tune is off: every point keeps its learning rate, which may suit one better than another")
+        stops = "regularizers.early_stopping_patience"
+        if stops in varied and not self.metric.startswith("best "):
+            found.append(f"what early stopping keeps is the best evaluation; use metric: best {self.metric}")
         if any(knob in UNITS for knob in varied) and self.metric != "val/bits_per_byte":
             found.append(f"{self.metric} is per token and the points differ in tokens; use metric: val/bits_per_byte")
         for knob in sorted(varied & MEASURED_ON):
@@ -246,12 +297,22 @@ class Study(Section):
         for line, names in wrong.items():
             place = f"point {names[0]}" + (f" and {len(names) - 1} more" if len(names) > 1 else "")
             mistakes.append(line.replace(PLACE, place) if PLACE in line else f"{line} ({place})")
+        mistakes += self._tuning_mistakes(points)
         names = [point.name for point in points]
         for name in sorted({name for name in names if names.count(name) > 1}):
             mistakes.append(f"two points are named {name!r}; give each its own 'name:'")
         if self.search == "tpe":  # what was built besides the baseline are only the ends of the ranges
             points = points[:1]
         return points, list(dict.fromkeys(mistakes))
+
+    def _tuning_mistakes(self, points: list[Point]) -> list[str]:
+        mistakes: list[str] = []
+        for knob in full_names(self.tune or {}, "tune", mistakes):
+            if any(knob in point.knobs for point in points) or knob in self._sides([]):
+                mistakes.append(f"{knob} is varied and tuned; leave it out of the space, or write tune: null")
+            elif points and not isinstance(self.config(points[0], 0).flat()[knob], float):
+                mistakes.append(f"{knob} cannot be tuned: it has no multiples")
+        return mistakes
 
     def _raw_points(self, mistakes: list[str]) -> Iterable[tuple[str | None, dict[str, Any]]]:
         """Name (None: made from the knobs) and knobs of every point as the file has them, the baseline first."""
@@ -315,12 +376,6 @@ class Study(Section):
         return found
 
 
-def confirmation_seeds(study: Study) -> list[int]:
-    """The fresh seeds of the confirmation."""
-    first = max(study.seeds) + 1
-    return list(range(first, first + study.confirm_seeds))
-
-
 def read_study(path: str, workers: str | None = None) -> Study:
     """The study that the file at ``path`` describes, with other ``workers`` if they are given.
 
@@ -351,7 +406,7 @@ def _validated(content: dict[str, Any], mistakes: list[str]) -> Study | None:
         mistakes += [_describe(key, error) for key, error in errors.items()]
     good = {key: value for key, value in content.items() if key not in errors}
     try:
-        return Study.model_validate({"name": "study", "seeds": [0]} | good)
+        return Study.model_validate({"name": "study"} | good)
     except ValidationError:
         return None
 

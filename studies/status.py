@@ -6,47 +6,46 @@ from collections import Counter
 from pathlib import Path
 
 from files import is_locked
-from studies.results import metric_value
-from studies.runner import pairs, to_confirm
-from studies.space import Study, confirmation_seeds
+from studies.design import design
+from studies.space import Study
 from tracking.run_directory import read_summary
 
 RECENT = 10  # finished runs by which the pace is judged
 
 
 def status_lines(study: Study) -> list[str]:
-    """A table of points by seeds, the best point so far, and how long the rest will take."""
-    points, best = study.points(), to_confirm(study)
-    seeds = [*study.seeds, *(confirmation_seeds(study) if best is not None else [])]
-    wanted = set(pairs(study))
-    if best is not None:
-        wanted |= {(point, seed) for point in (points[0], best) for seed in confirmation_seeds(study)}
-    width = max(len(point.name) for point in points)
+    """A table of points by seeds, the stage, the best point so far, and how long the rest of the stage will take."""
+    known = design(study)
+    wanted = {(point.name, seed): point for point, seed in known.wanted}
+    names, seeds = list(dict.fromkeys(name for name, _ in wanted)), sorted({seed for _, seed in wanted})
+    width = max(map(len, names))
     lines = [f"{'':{width}}" + "".join(f"  {f'seed {seed}':>9}" for seed in seeds)]
     counts: Counter[str] = Counter()
     ends: list[float] = []
-    for point in points:
+    for name in names:
         cells = []
         for seed in seeds:
-            directory = study.run_directory(point, seed)
-            state = state_of(directory) if (point, seed) in wanted else ""
-            value = metric_value(directory, study.metric) if state == "finished" else None
-            cells.append(f"{value:.4f}" if value is not None else state)
+            if (name, seed) not in wanted:
+                cells.append("")
+                continue
+            result = known.result(wanted[name, seed], seed)
+            state = state_of(result.directory)
+            cells.append(state if result.value is None else f"{result.value:.4f}")
             counts[state] += 1
             if state == "finished":
-                ends.append((directory / "summary.json").stat().st_mtime)
-        lines.append(f"{point.name:{width}}" + "".join(f"  {cell:>9}" for cell in cells))
-    del counts[""]
+                ends.append((result.directory / "summary.json").stat().st_mtime)
+        lines.append(f"{name:{width}}" + "".join(f"  {cell:>9}" for cell in cells))
     lines += ["", ", ".join(f"{count} {state}" for state, count in sorted(counts.items())) + f" ({study.metric})"]
-    if best is not None:
-        lines.append(f"best so far       {best.name}")
+    lines.append(f"stage             {known.stage}")
+    if known.winner is not None:
+        lines.append(f"best so far       {known.winner.name}")
     left = counts["waiting"] + counts["running"]
-    if study.search == "tpe":
-        left += max(0, (study.trials or 0) + 1 - len(points)) * len(study.seeds)
+    if study.search == "tpe" and known.stage == "search":
+        left += max(0, (study.trials or 0) + 1 - len(known.points)) * len(study.rungs[0])
     recent = sorted(ends)[-RECENT:]
     if left and len(recent) > 1:
         minutes = left * (recent[-1] - recent[0]) / (len(recent) - 1) / 60
-        lines.append(f"time left         about {minutes:.0f} minutes at the pace of the last {len(recent)} runs")
+        lines.append(f"time left         about {minutes:.0f} minutes of this stage at the pace of the last runs")
     return lines
 
 

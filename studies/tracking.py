@@ -33,13 +33,9 @@ def log_summary(
         columns: list[str | int] = list(ranking[0])
         table = wandb.Table(columns=columns, data=[list(row.values()) for row in ranking])
         run.log({"table": table} | {f"pictures/{name}": wandb.Image(str(path)) for name, path in pictures.items()})
-        best = findings.winner.name if findings.winner else None
-        run.summary.update({"answer": " ".join(sentences), "winner": best, "noise": findings.search.noise.sd})
-        if findings.confirmed is not None:
-            confirmed = findings.confirmed
-            run.summary.update(
-                {f"confirmed/{name}": getattr(confirmed, name) for name in ("difference", "low", "high")}
-            )
+        decision = findings.decision
+        told = {"answer": " ".join(sentences), "winner": decision.point, "claim": decision.claim}
+        run.summary.update(told | {name: getattr(decision, name) for name in ("difference", "low", "high", "p")})
         run.finish()
     except Exception as problem:  # whatever a dead or unreachable W&B raises must not lose a report
         warn(f"W&B did not take the report ({problem}); it is whole in {study.directory}")

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from command_line import dump
-from studies.space import Point, Study, confirmation_seeds
+from studies.space import Point, Study
 
 STEPS = 300
 BYTES_PER_TOKEN = 2.2
@@ -25,6 +25,8 @@ def make_study(directory: Path, kind: type[Study] = Study, **changes: Any) -> St
         "search": "grid",
         "space": {"regularizers.weight_decay": [0.1, 0.5, 1.0, 2.0], "regularizers.residual_dropout": [0.0, 0.1, 0.2]},
         "seeds": 3,
+        "tune": None,
+        "confirm_seeds": 3,
     }
     study = kind.model_validate(values | changes)
     study.directory.mkdir(parents=True)
@@ -41,12 +43,12 @@ def write_runs(
 ) -> None:
     """Finished runs of every point and seed: a curve that ends at 4 + effect + the seed's share + noise, and a summary.
 
-    ``confirm``: names of points that are also run on the confirmation seeds.
+    ``confirm``: names of points that are also run on the fresh seeds.
     """
     draw = np.random.default_rng(random)
-    shares = dict(zip([*study.seeds, *confirmation_seeds(study)], draw.normal(0, 0.05, 50).tolist(), strict=False))
+    shares = dict(zip([*study.seeds, *study.fresh_seeds], draw.normal(0, 0.05, 50).tolist(), strict=False))
     for point in points if points is not None else study.points():
-        for seed in [*study.seeds, *(confirmation_seeds(study) if point.name in confirm else [])]:
+        for seed in [*study.seeds, *(study.fresh_seeds if point.name in confirm else [])]:
             end = 4.0 + effect(point) + shares[seed] + draw.normal(0, noise)
             write_run(study, point, seed, end, test=end - 0.2 + draw.normal(0, noise))
 

@@ -15,7 +15,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from statistics import fmean
 
-from scipy import stats
+from scipy import optimize, special, stats
 
 ALPHA = 0.05  # the share of studies that may claim something false, all their looks together
 POWER = 0.8
@@ -130,9 +130,9 @@ def judge_pairs(differences: list[float], earlier: list[float], alpha: float) ->
 
 def judge_mean(difference: float, error: float, degrees: float, alpha: float, seeds: int, sd: float) -> Decision:
     """Student's t for a difference with a standard error."""
-    reach = error * float(stats.t.isf(alpha / 2, degrees))
+    reach = error * float(special.stdtrit(degrees, 1 - alpha / 2))
     if error > 0:
-        p = float(2 * stats.t.sf(abs(difference) / error, degrees))
+        p = 2 * float(special.stdtr(degrees, -abs(difference) / error))
     else:  # no noise at all
         p = 0.0 if difference else 1.0
     claim = None if p >= alpha else "lower" if difference < 0 else "higher"
@@ -172,18 +172,18 @@ def power_of(effect: float, sd: float, fresh: int, degrees: float, alpha: float 
     """The chance that a true ``effect`` is claimed from ``fresh`` pairs whose difference varies by ``sd``."""
     if sd == 0:
         return float(effect != 0)
-    threshold = float(stats.t.isf(alpha / 2, degrees))
-    chance = stats.nct.sf(threshold, degrees, abs(effect) / sd * math.sqrt(fresh))
-    return float(chance) if math.isfinite(chance) else 1.0
+    threshold = special.stdtrit(degrees, 1 - alpha / 2)
+    missed = special.nctdtr(degrees, abs(effect) / sd * math.sqrt(fresh), threshold)  # noncentral t
+    return 1.0 - float(missed) if math.isfinite(missed) else 1.0
 
 
 def smallest_visible(sd: float, fresh: int, degrees: float, alpha: float = ALPHA) -> float:
     """The smallest true effect that is claimed in four studies of five."""
-    low, high = 0.0, 1e3 * sd
-    for _ in range(60):
-        middle = (low + high) / 2
-        low, high = (low, middle) if power_of(middle, sd, fresh, degrees, alpha) >= POWER else (middle, high)
-    return high
+    if sd == 0:
+        return 0.0
+    highest = 2 * float(special.stdtrit(degrees, 1 - alpha / 2)) + 5  # in standard errors, more than enough
+    lacking = lambda errors: power_of(errors, 1.0, 1, degrees, alpha) - POWER  # noqa: E731
+    return sd / math.sqrt(fresh) * float(optimize.brentq(lacking, 0.0, highest))
 
 
 def seeds_needed(effect: float, sd: float, earlier: int = 0, alpha: float = ALPHA) -> int | None:
@@ -210,9 +210,9 @@ def exaggeration(decision: Decision) -> float | None:
         return None
     error = decision.sd / math.sqrt(decision.seeds)
     truth = abs(decision.difference) / error
-    threshold = float(stats.t.isf(decision.alpha / 2, decision.degrees))
-    chance = stats.norm.sf(threshold - truth)
-    return float((truth + stats.norm.pdf(threshold - truth) / chance) / truth)
+    threshold = special.stdtrit(decision.degrees, 1 - decision.alpha / 2)
+    beyond = stats.norm.pdf(threshold - truth) / stats.norm.sf(threshold - truth)
+    return float((truth + beyond) / truth)
 
 
 def once_in(p: float) -> str:

@@ -86,9 +86,9 @@ class Design:
         return [by_name[row.point] for row in chosen if row.point in by_name]
 
 
-def design(study: Study) -> Design:
-    """How far the study is, read from the directories of its runs."""
-    known = Design(study, study.points())
+def design(study: Study, results: dict[tuple[str, int], Result] | None = None) -> Design:
+    """How far the study is, as the directories of its runs say; those in ``results`` are not read again."""
+    known = Design(study, study.points(), results=dict(results or {}))
     if not search(known):
         return known
     known.winner = next(iter(known.finalists), None)
@@ -147,11 +147,11 @@ def tune(known: Design) -> bool:
 
 
 def best_multiple(known: Design, point: Point) -> float | None:
-    """The multiple with the best mean, of those at which no run failed; None when there is none."""
+    """The multiple with the best mean, of those at which no run failed, and of equal ones the nearest to 1; or None."""
     means = {}
     for one in known.tried:
         ((_, runs),) = known.values([known.study.tuned(point, one)], known.study.tuning_seeds).items()
         if all(map(math.isfinite, runs.values())):
             means[one] = fmean(runs.values())
-    better = min if known.study.minimize else max
-    return better(means, key=means.__getitem__) if means else None
+    sign = 1 if known.study.minimize else -1
+    return min(means, key=lambda one: (sign * means[one], abs(math.log(one)))) if means else None

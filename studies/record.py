@@ -22,21 +22,27 @@ def look(known: Design) -> int:
 
     Raises BadInput for a record that cannot be read: without it nothing can be said of earlier looks.
     """
-    fresh, contest = known.fresh(), known.contest()
     path = known.study.directory / "looks.json"
-    if not fresh:
-        return len(read_looks(path)) + 1
-    pair = {name: [contest.get(name, {}), runs] for name, runs in fresh.items()}
-    key = files.hash_of([known.study.metric, {name: repr(values) for name, values in pair.items()}])
     with files.lock(path.with_suffix(".lock"), wait=True):
-        looks = read_looks(path)
-        numbers = [number for number, entry in enumerate(looks, 1) if entry["key"] == key]
-        if numbers:
-            return numbers[0]
-        when = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
-        told = {"key": key, "when": when, "metric": known.study.metric, "points": list(fresh)}
-        files.write_json(path, [*looks, told | {"seeds": known.study.fresh_seeds}])
-        return len(looks) + 1
+        looks, key = read_looks(path), key_of(known)
+        number = number_of(key, [entry["key"] for entry in looks])
+        if known.fresh() and number > len(looks):
+            when = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
+            told = {"metric": known.study.metric, "points": list(known.fresh()), "seeds": known.study.fresh_seeds}
+            files.write_json(path, [*looks, {"key": key, "when": when} | told])
+    return number
+
+
+def key_of(known: Design) -> str:
+    """Tells looks apart: the metric, and every value of winner and baseline that decides."""
+    contest = known.contest()
+    pair = {name: repr([contest.get(name), runs]) for name, runs in known.fresh().items()}
+    return files.hash_of([known.study.metric, pair])
+
+
+def number_of(key: str, earlier: list[str]) -> int:
+    """The number of a look, from 1: that of the same numbers looked at before, else the next."""
+    return (earlier.index(key) if key in earlier else len(earlier)) + 1
 
 
 def read_looks(path: Path) -> list[dict[str, Any]]:

@@ -67,7 +67,7 @@ class Design:
 
     def fresh(self) -> dict[str, dict[int, float]]:
         """The runs of winner and baseline on fresh seeds, once all of them are over."""
-        if self.stage != "done" or self.winner is None:
+        if self.stage != "done" or self.winner is None or not self.study.fresh_seeds:
             return {}
         return self.values([self.winner, self.baseline], self.study.fresh_seeds)
 

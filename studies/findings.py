@@ -249,8 +249,10 @@ def nothing_leads(findings: Findings, best: Point) -> list[str]:
     if findings.decision.search is not None:
         worse = findings.decision.search.mean
         nearest = f": the nearest, {short(best.name)}, ended {findings.amount(worse)} worse" if worse else ""
-    seeds = counted(len(findings.study.seeds), "seed")
-    return [f"No point did better than the baseline in the search{nearest}.", f"On {seeds} of it; keep the baseline."]
+    return [
+        f"No point did better than the baseline in the search{nearest}.",
+        "Keep the baseline: there is no gain that fresh seeds could confirm.",
+    ]
 
 
 def not_confirmed(findings: Findings, best: Point) -> list[str]:

@@ -247,7 +247,7 @@ def test_false_claims_and_coverage(kind: str, points: int, seeds: int) -> None:
 @pytest.mark.slow
 def test_power() -> None:
     """A gain of two standard deviations of one run in one of ten points: 39 runs, and 45."""
-    assert simulate("equal noise", 11, 4, 5, 4000, 1, effect=2.0)[0] >= 0.74 * 4000
+    assert simulate("equal noise", 11, 4, 5, 12_000, 3, effect=2.0)[0] >= 0.74 * 12_000
     assert simulate("equal noise", 11, 4, 8, 4000, 2, effect=2.0)[0] >= 0.89 * 4000
 
 

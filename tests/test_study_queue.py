@@ -15,8 +15,9 @@ from sqlalchemy.exc import OperationalError
 from test_study_runner import write_study
 
 from config import BadInput, Failure
+from studies.design import design
 from studies.queue import Queue
-from studies.runner import pairs, unfinished
+from studies.runner import unfinished
 from studies.space import Study, read_study
 from studies.storage import storage_url, without_password
 from studies.worker import Worker
@@ -95,7 +96,7 @@ def test_a_search_is_extended_by_seeds_and_repeats_what_failed(tmp_path: Path, m
 
     def fill(of: Study) -> Queue:
         queue = Queue(of)
-        queue.fill(unfinished(of, pairs(of)), of.trials or 0)
+        queue.fill(unfinished(design(of)), of.trials or 0)
         return queue
 
     one = study(trials=2, seeds=1)
@@ -110,14 +111,14 @@ def test_a_search_is_extended_by_seeds_and_repeats_what_failed(tmp_path: Path, m
     task = queue.claim()
     assert task is not None and (task.point, task.seeds) == (found[1], [0]) and queue.claim() is None
     queue.tell(task, None)
-    queue = fill(study(trials=3, seeds=2))
+    queue = fill(study(trials=3, seeds=4))
     tasks = [task for _ in range(9) if (task := queue.claim())]
     named = sorted((task.point.name, task.seeds[0]) for task in tasks if not task.searched)
     assert named == sorted([("baseline", 1), (found[0].name, 1), (found[1].name, 0), (found[1].name, 1)])
     searches = [task for task in tasks if task.searched]
     assert [task.seeds for task in searches] == [[0, 1]] and queue.searching() == [searches[0].point.name]
     write_run(one, searches[0].point, 0, 4.0, status="running")  # its search trains it: nobody else is to
-    fill(study(trials=3, seeds=2))
+    fill(study(trials=3, seeds=4))
     assert queue.claim() is None
 
 

@@ -22,9 +22,10 @@ from made_up_study import make_study, write_runs
 
 from config import BadInput
 from scripts.study import main
+from studies.design import design
 from studies.queue import Queue
-from studies.runner import run_study, to_confirm
-from studies.space import confirmation_seeds, read_study
+from studies.runner import run_study
+from studies.space import read_study
 from tracking.run_directory import read_summary
 
 PATIENCE = 300  # seconds that one command may take on a busy machine: four runs, of which each imports torch anew
@@ -40,7 +41,7 @@ def write_study(directory: Path, **changes: Any) -> Path:
         section, _, name = key.partition(".")
         base.setdefault(section, {})[name] = value
     values: dict[str, Any] = {"name": "s", "base": base, "space": {"weight_decay": [0.1, 1]}, "seeds": 2}
-    values |= {"confirm_seeds": 0, "workers": 1}
+    values |= {"confirm_seeds": 0, "workers": 1, "tune": None}
     path = directory / "study.yaml"
     path.write_text(yaml.safe_dump(values | changes, sort_keys=False))
     return path
@@ -188,21 +189,22 @@ def test_stopped_gone_on_with_and_extended(
     assert read_summary(first)["status"] == "preempted"
     assert "Traceback" not in said(path)
 
-    # Started again with a seed more: the run goes on from its checkpoint, the new one is added, the winner confirmed.
-    path = write_study(tmp_path, **longer, seeds=1, confirm_seeds=1)
+    # Started again with fresh seeds: the run goes on from its checkpoint, and the winner is confirmed.
+    path = write_study(tmp_path, **longer, seeds=1, confirm_seeds=2)
     code, words = finish(path)
-    assert code == 0 and "no intervals" in words and "fresh seeds" in words, words
+    assert code == 0 and "fresh seeds" in words, words
     assert "goes on from step" in (first / "train.log").read_text()
-    names = ["baseline-seed0", "baseline-seed1", "weight_decay=0.1-seed0", "weight_decay=0.1-seed1"]
+    names = [f"{point}-seed{seed}" for point in ("baseline", "weight_decay=0.1") for seed in (0, 1000, 1001)]
     assert trained_to_the_end(tmp_path) == dict.fromkeys(names, 1)
-    path = write_study(tmp_path, **longer, seeds=2)  # the confirmation's runs are those of the new seed
+    path = write_study(tmp_path, **longer, seeds=2, confirm_seeds=2)  # a fresh seed never becomes one of the search
     code, words = finish(path)
-    assert code == 0 and "to go" not in words, words
-    assert trained_to_the_end(tmp_path) == dict.fromkeys(names, 1)
+    assert code == 0 and "2 runs to go" in words and "look 2 at fresh results" in words, words
+    names += ["baseline-seed1", "weight_decay=0.1-seed1"]
+    assert trained_to_the_end(tmp_path) == dict.fromkeys(sorted(names), 1)
     monkeypatch.chdir(tmp_path)
     assert main(["status", "study.yaml"]) == 0
     words = capsys.readouterr().out
-    assert "4 finished" in words and "best so far" in words, words
+    assert "8 finished" in words and "best so far" in words and "stage             done" in words, words
 
     # Another base under the same name is refused before anything is touched.
     write_study(tmp_path, **longer | {"base": yaml.safe_load(short)["base"]})
@@ -235,23 +237,22 @@ def test_a_search_tries_as_many_points_as_asked(tmp_path: Path, monkeypatch: pyt
     monkeypatch.chdir(tmp_path)
     study = read_study("study.yaml")
     assert {study.run_directory(point, 0).name for point in study.points()} == set(ends)
-    assert to_confirm(study) in [None, *study.points()[1:]]
+    assert design(study).stage == "done"
     assert finish(path)[0] == 0 and trained_to_the_end(tmp_path) == ends  # and none more when started again
 
 
-def test_the_confirmation_that_another_command_began_is_gone_on_with(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    study = make_study(tmp_path, space={"regularizers.weight_decay": [0.3, 3]})
+def test_fresh_runs_that_another_command_began_are_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    study = make_study(tmp_path, space={"regularizers.weight_decay": [0.3, 3]}, seeds=1)
     write_runs(study, lambda point: -0.1 * (point.name == "weight_decay=3"))
-    base, *_, best = study.points()
-    Queue(study).fill([(point, seed) for point in (base, best) for seed in confirmation_seeds(study)])
+    known = design(study)
+    assert known.stage == "fresh"
+    Queue(study).fill(known.wanted)
     worked: list[int] = []
     monkeypatch.setattr("studies.runner.prepare", lambda _: None)
     monkeypatch.setattr("signal.signal", lambda *_: None)
     monkeypatch.setattr("studies.runner.Crew.work", lambda _, left: worked.append(left))
     assert run_study(study) == 4  # nobody worked
-    assert worked == [0, 6]
+    assert worked == [6]
 
 
 def test_a_process_does_not_outlive_the_one_that_started_it() -> None:

@@ -15,7 +15,7 @@ from conftest import ROOT
 
 from command_line import parse
 from config import BadInput, Regularizers
-from studies.space import Point, Study, confirmation_seeds, read_study
+from studies.space import Point, Study, read_study
 from studies.sweep import sweep_yaml
 from studies.worker import flags
 
@@ -81,9 +81,30 @@ def test_every_value_passes_the_command_line_unchanged() -> None:
 
 def test_seeds() -> None:
     assert study(seeds=3).seeds == [0, 1, 2]
-    assert confirmation_seeds(study(seeds=[4, 1])) == [5, 6, 7]
-    assert "no intervals" in study(seeds=1).warnings()[0]
+    assert study().seeds == [0, 1] and Study.model_validate({"name": "s", "space": {"lr": [1]}}).seeds == [0, 1, 2, 3]
+    assert study(seeds=[4, 1], confirm_seeds=3).fresh_seeds == [1000, 1001, 1002]
+    assert "nothing can be claimed" in study(confirm_seeds=0).warnings()[0]
     assert not study(seeds=2).warnings()
+
+
+def test_tuning_is_on_unless_it_is_put_off() -> None:
+    assert study().tune == {"optimizer.lr": [0.5, 1, 2]} and study(tune=False).tune is None is study(tune=None).tune
+    assert "keeps its learning rate" in study(tune=None).warnings()[0]
+    of = study(tune={"lr": [0.1, 1, 10]}, baseline={"residual_dropout": 0.1})
+    assert of.tuned(of.points()[0], 1) is of.points()[0]
+    tuned = of.tuned(of.points()[0], 0.1)
+    assert (tuned.name, tuned.origin) == ("baseline,lr=0.0002", "baseline")
+    assert tuned.knobs == {"regularizers.residual_dropout": 0.1, "optimizer.lr": 0.0002}
+    with pytest.raises(BadInput, match=r"lr is varied and tuned; leave it out of the space, or write tune: null"):
+        study(space={"lr": [1e-3, 1e-4]}).points()
+    with pytest.raises(BadInput, match=r"optimizer\.name cannot be tuned"):
+        study(tune={"optimizer.name": [0.5, 1, 2]}).points()
+
+
+def test_early_stopping_is_measured_at_its_best() -> None:
+    stops = {"space": {"early_stopping_patience": [0, 3]}}
+    assert "use metric: best val/loss" in study(**stops).warnings()[0]
+    assert not study(**stops, metric="best val/loss").warnings()
 
 
 def test_names_are_safe_and_differ_where_points_do() -> None:
@@ -209,7 +230,7 @@ def test_a_sweep_says_the_same_as_the_study() -> None:
     assert command[:3] == ["${env}", "${interpreter}", "${program}"] and command[-1] == "${args}"
     config = parse([*command[3:-1], *arguments])
     assert config.model.d_model == 64 and config.regularizers.weight_decay == 0.001
-    tpe = study(search="tpe", trials=4, space={"lr": {"min": "1e-4", "max": 1, "log": True}})
+    tpe = study(search="tpe", trials=4, tune=None, space={"lr": {"min": "1e-4", "max": 1, "log": True}})
     sweep = yaml.safe_load(sweep_yaml(tpe))
     assert (sweep["method"], sweep["run_cap"]) == ("bayes", 8)
     assert sweep["parameters"]["optimizer.lr"] == {"distribution": "log_uniform_values", "min": 1e-4, "max": 1.0}

@@ -90,6 +90,16 @@ def test_contenders_are_tuned_alike_on_seeds_of_their_own_and_further_at_an_edge
     assert known.stage == "done" and set(known.fresh()) == {"baseline,lr=0.0005", GOOD}
 
 
+def test_a_rate_at_which_a_run_fails_is_not_chosen(tmp_path: Path) -> None:
+    study = eleven_points(tmp_path, tune={"lr": [0.5, 1, 2]})
+    effects = EFFECTS | {f"{GOOD},lr=0.004": -0.9, f"{GOOD},lr=0.001": 0.0, f"{NEXT},lr=0.001": 0.0}
+    effects |= {f"{NEXT},lr=0.004": 0.0, "baseline,lr=0.001": 0.1, "baseline,lr=0.004": 0.1}
+    for _ in range(3):
+        known = go_on(study, effects)
+    known = go_on(study, effects, failing=(f"{GOOD},lr=0.004", 2001))
+    assert known.stage == "fresh" and known.chosen == {"baseline": 1, GOOD: 1, NEXT: 1} and known.tried == [0.5, 1, 2]
+
+
 def test_a_gain_that_is_one_of_the_learning_rate_ends_the_study(tmp_path: Path) -> None:
     study = eleven_points(tmp_path, tune={"lr": [0.5, 1, 2]})
     effects = EFFECTS | {"baseline,lr=0.001": -0.5}

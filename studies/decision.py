@@ -1,4 +1,4 @@
-"""What may be claimed, and how sure: pure functions over numbers, {point: {seed: value}}, that all else words and draws.
+"""What may be claimed, and how sure: pure functions over {point: {seed: value}}, which all else words and draws.
 
 The search explores and claims nothing. One claim is made, of the point that did best there, from fresh seeds on which
 nothing was chosen: the mean of its differences to the baseline, paired by seed, so that what a seed brings to both (an
@@ -53,7 +53,7 @@ class Difference:
 
 @dataclass(frozen=True)
 class Decision:
-    """What is claimed, of which point, and why nothing is. The numbers are those of fresh seeds, point minus baseline."""
+    """What is claimed, of which point, and why nothing is; its numbers are of fresh seeds, point minus baseline."""
 
     claim: str | None = None  # "better"; "worse" only where two groups are judged; None
     point: str | None = None
@@ -221,7 +221,7 @@ def seeds_needed(effect: float, sd: float, earlier: int = 0, alpha: float = ALPH
 
 
 def exaggeration(decision: Decision) -> float | None:
-    """By how much claims overstate, were the true effect the one measured: the mean claimed one over it (Gelman 2014)."""
+    """The mean of what such claims say over the true effect, were it the one measured (Gelman and Carlin 2014)."""
     if not decision.difference or not decision.sd:
         return None
     error = decision.sd / math.sqrt(decision.seeds)

@@ -136,12 +136,14 @@ def count_look(case: Case) -> int:
         with files.lock(case.record.with_name(f"{case.record.name}.lock"), wait=True):
             record = read_looks(case.record)
             entry = record.setdefault(key, {"groups": [group.name for group in case.groups], "looks": []})
-            looks = entry["looks"] = [*(look for look in entry["looks"] if look != seen), seen]
-            files.write_json(case.record, record)
+            looks = entry["looks"]
+            if seen not in looks:  # another process may have written it since
+                looks.append(seen)
+                files.write_json(case.record, record)
     except OSError as problem:
         warn(f"this look is not recorded, later ones will not know of it: {case.record}: {problem.strerror}")
         return len(looks) + 1
-    return len(looks)
+    return int(looks.index(seen)) + 1
 
 
 def read_looks(path: Path) -> dict[str, Any]:
@@ -308,7 +310,7 @@ def check_comparable(runs: Sequence[Run], allow_unequal: bool) -> list[str]:
         names: dict[str, list[str]] = {}
         for run in runs:
             value = run.facts[fact]
-            shown = f"{value:,}" if fact in BUDGET else str(value)[:16]
+            shown = f"{value:,}" if isinstance(value, int) else str(value)[:16]
             names.setdefault(shown, []).append(str(run.path))
         if len(names) == 1:
             continue

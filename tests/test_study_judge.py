@@ -174,7 +174,7 @@ def test_json_says_all(runs: Callable[..., Study], capsys: pytest.CaptureFixture
     assert answer["difference"] == pytest.approx(-0.17 / 3)
     assert (answer["pairs"], answer["unpaired"]) == (3, {"runs": 0, "against": 2})
     assert answer["confidence"] == pytest.approx(0.975)
-    # statsmodels' TTestPower: 5.87 pairs for a power of 80% at 0.0567/0.0252 and the next look's 0.05/6; three are there.
+    # statsmodels' TTestPower: 5.87 pairs for 80% power at 0.0567/0.0252 and the next look's 0.05/6; three are there.
     assert answer["more_seeds"] == 3
 
 

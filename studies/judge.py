@@ -10,6 +10,7 @@ from __future__ import annotations
 import csv
 import difflib
 import glob
+import io
 import json
 import math
 import re
@@ -123,12 +124,12 @@ def judge(case: Case) -> tuple[Verdict, int | None]:
 
 
 def count_look(case: Case) -> int:
-    """Which look at these two groups this is, from 1; the very same numbers of the same metric are the same look.
+    """Which look at these two groups this is, from 1; the very same numbers are the same look.
 
     The record is {hash of the groups: {groups, looks: hashes of what was seen}}; which group stands first is no matter.
     """
     key = files.hash_of(sorted(group.identity for group in case.groups))
-    seen = files.hash_of([case.metric, sorted(sorted(group.values.items()) for group in case.groups)])
+    seen = files.hash_of(sorted(sorted(group.values.items()) for group in case.groups))
     looks = read_looks(case.record).get(key, {}).get("looks", [])
     if seen in looks:
         return int(looks.index(seen)) + 1
@@ -375,24 +376,27 @@ def case_of_table(table: str, mine: Sequence[str], its: Sequence[str], metric: s
 
 def read_table(path: Path, metric: str) -> dict[str, list[Row]]:
     """The rows of a CSV file by point. The value is in a column named like the metric, else in ``value``."""
-    rows: dict[str, list[Row]] = {}
     try:
-        if path.stat().st_size > MOST_BYTES:
-            raise BadInput(f"{path} has more than {MOST_BYTES // 2**20} MiB; keep only the points that are judged")
-        with open(path, encoding="utf-8-sig", newline="") as file:
-            reader = csv.DictReader(file, restval="", strict=True)
-            columns = list(reader.fieldnames or [])
-            value = value_column(path, columns, metric)
-            for row in reader:
-                place = f"{path} line {reader.line_num}"
-                if None in row:
-                    raise BadInput(f"{place} has more cells than the header has columns; quote cells with commas")
-                status = row["status"] if "status" in columns else FINISHED
-                rows.setdefault(row["point"], []).append(Row(place, row["seed"].strip(), row[value].strip(), status))
+        with open(path, "rb") as file:
+            content = file.read(MOST_BYTES + 1)
+        text = content.decode("utf-8-sig")
     except OSError as problem:
         raise BadInput(f"cannot read the table {path}: {problem.strerror}") from None
     except UnicodeDecodeError:
         raise BadInput(f"{path} is not UTF-8 text; save the table as CSV in UTF-8") from None
+    if len(content) > MOST_BYTES:
+        raise BadInput(f"{path} has more than {MOST_BYTES // 2**20} MiB; keep only the points that are judged")
+    rows: dict[str, list[Row]] = {}
+    reader = csv.DictReader(io.StringIO(text, newline=""), restval="", strict=True)
+    try:
+        columns = list(reader.fieldnames or [])
+        value = value_column(path, columns, metric)
+        for row in reader:
+            place = f"{path} line {reader.line_num}"
+            if None in row:
+                raise BadInput(f"{place} has more cells than the header has columns; quote cells with commas")
+            status = row["status"] if "status" in columns else FINISHED
+            rows.setdefault(row["point"], []).append(Row(place, row["seed"].strip(), row[value].strip(), status))
     except csv.Error as problem:
         raise BadInput(f"{path} line {reader.line_num} is not CSV: {problem}") from None
     return rows

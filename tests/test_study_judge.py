@@ -351,6 +351,11 @@ def test_a_table_is_refused_with_the_line(
     assert code == 2 and told.replace("TABLE", str(file)) in errors, errors
 
 
+def test_an_endless_table_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    code, _, errors = ask(capsys, "a", "b", "--table", "/dev/zero")
+    assert code == 2 and "/dev/zero has more than 64 MiB" in errors
+
+
 def test_rows_that_are_not_finished_are_left_out_and_told(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     file = Path(table(tmp_path / "results.csv", {"a": BETTER, "b": PLAIN}, status="finished"))
     file.write_text(file.read_text() + "a,9,,failed\n")

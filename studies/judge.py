@@ -379,13 +379,13 @@ def read_table(path: Path, metric: str) -> dict[str, list[Row]]:
     try:
         with open(path, "rb") as file:
             content = file.read(MOST_BYTES + 1)
+        if len(content) > MOST_BYTES:
+            raise BadInput(f"{path} has more than {MOST_BYTES // 2**20} MiB; keep only the points that are judged")
         text = content.decode("utf-8-sig")
     except OSError as problem:
         raise BadInput(f"cannot read the table {path}: {problem.strerror}") from None
     except UnicodeDecodeError:
         raise BadInput(f"{path} is not UTF-8 text; save the table as CSV in UTF-8") from None
-    if len(content) > MOST_BYTES:
-        raise BadInput(f"{path} has more than {MOST_BYTES // 2**20} MiB; keep only the points that are judged")
     rows: dict[str, list[Row]] = {}
     reader = csv.DictReader(io.StringIO(text, newline=""), restval="", strict=True)
     try:

@@ -5,11 +5,17 @@ python -m scripts.study status configs/studies/quick/dropout_x_weight_decay.yaml
 
 Interrupted in any way, the same command goes on. Started several times, on one machine or, with a postgresql storage
 and a shared directory, on many, the copies share the work.
+
+Any two groups of finished runs can be judged, of a study or not:
+
+python -m scripts.study judge 'runs/mine-seed*' --against 'runs/plain-seed*'
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+from typing import Any
 
 from config import BadInput
 from program import FINISHED, PREEMPTED, run
@@ -22,6 +28,15 @@ ACTIONS = {
     "report": "write the report of what is finished",
     "sweep": "print the study as a W&B sweep, for those who prefer its agents",
 }
+JUDGE = """Say whether one group of runs is better than another, by how much and how sure, from runs of any origin.
+
+python -m scripts.study judge 'runs/mine-seed*' --against 'runs/plain-seed*'
+python -m scripts.study judge mine --against plain --table results.csv --metric val/bits_per_byte
+
+Runs on the same seed are paired. Exit codes: 0 better, 11 worse, 10 undecided, 2 bad input (also groups that cannot
+be compared). A group may grow and be judged again: such looks are recorded beside the runs, and each asks for more
+than the one before, so that all together are wrong in at most 5%. The same numbers again are no new look.
+"""
 
 
 def main(arguments: list[str]) -> int:
@@ -35,7 +50,10 @@ def main(arguments: list[str]) -> int:
         if name == "run":
             how = "runs at a time on this machine; instead of what the study file says"
             action.add_argument("--workers", metavar="N", help=how)
+    add_judge(actions, plain)
     options = parser.parse_args(arguments)
+    if options.action == "judge":
+        return judge(options)
     study = read_study(options.study, workers=getattr(options, "workers", None))
 
     if options.action == "sweep":
@@ -64,6 +82,40 @@ def main(arguments: list[str]) -> int:
         path, lines = write_report(study)
         print("\n".join(["", *lines, "", f"report            {path}"]))
     return code
+
+
+def add_judge(actions: Any, plain: type[argparse.HelpFormatter]) -> None:
+    """The words that ``judge`` takes."""
+    what = "is one group of runs better than another? also for runs of no study"
+    action = actions.add_parser("judge", help=what, description=JUDGE, formatter_class=plain)
+    runs = "run directories or globs; with --table points"
+    action.add_argument("runs", nargs="+", metavar="RUNS", help=runs)
+    action.add_argument("--against", nargs="+", metavar="RUNS", required=True, help="those to compare with, likewise")
+    metric = "what is compared, at the end of each run (default: val/loss); smaller is better, but for accuracy"
+    action.add_argument("--metric", default="val/loss", help=metric)
+    table = "take the values from a table with the columns point, seed, value (and status, if you like)"
+    action.add_argument("--table", metavar="FILE.csv", help=table)
+    unequal = "judge runs of unequal steps or tokens all the same, and say so"
+    action.add_argument("--allow-unequal", action="store_true", help=unequal)
+    record = "where looks are recorded (default: .looks.json beside the runs or the table). Give each comparison of "
+    record += "equal configs, as of two versions of the code, its own"
+    action.add_argument("--record", metavar="FILE", help=record)
+    action.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+def judge(options: argparse.Namespace) -> int:
+    """Print the verdict on two groups of runs; returns its exit code."""
+    from studies import judge as referee
+
+    case = referee.case_of(
+        options.runs, options.against, options.metric, options.table, options.allow_unequal, options.record
+    )
+    verdict, look = referee.judge(case)
+    if options.json:
+        print(json.dumps(referee.json_of(case, verdict, look)))
+    else:
+        print(referee.text_of(case, verdict, look))
+    return referee.EXIT_CODES[verdict.word]
 
 
 if __name__ == "__main__":

@@ -128,6 +128,22 @@ def judge_pairs(differences: list[float], earlier: list[float], alpha: float) ->
     return judge_mean(fmean(differences), sd / math.sqrt(count), degrees, alpha, seeds=count, sd=sd)
 
 
+def judge_groups(mine: Collection[float], its: Collection[float], alpha: float) -> Decision:
+    """Welch's t on the difference of two means, for runs that share no seeds. The claim is "lower" or "higher".
+
+    ``sd`` is that of one run of mine minus one of its, ``seeds`` the size of the smaller group.
+    """
+    count = min(len(mine), len(its))
+    if count < 2:
+        return Decision(why_not="one pair", seeds=count, alpha=alpha)
+    variances = [squares(values) / (len(values) - 1) for values in (mine, its)]
+    shares = [variance / len(values) for variance, values in zip(variances, (mine, its), strict=True)]
+    parts = sum(share**2 / (len(values) - 1) for share, values in zip(shares, (mine, its), strict=True))
+    degrees = sum(shares) ** 2 / parts if parts else count - 1
+    sd = math.sqrt(sum(variances))
+    return judge_mean(fmean(mine) - fmean(its), math.sqrt(sum(shares)), degrees, alpha, seeds=count, sd=sd)
+
+
 def judge_mean(difference: float, error: float, degrees: float, alpha: float, seeds: int, sd: float) -> Decision:
     """Student's t for a difference with a standard error."""
     reach = error * float(special.stdtrit(degrees, 1 - alpha / 2))

@@ -15,6 +15,8 @@ from __future__ import annotations
 
 import argparse
 import json
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from config import BadInput
@@ -107,9 +109,8 @@ def judge(options: argparse.Namespace) -> int:
     """Print the verdict on two groups of runs; returns its exit code."""
     from studies import judge as referee
 
-    case = referee.case_of(
-        options.runs, options.against, options.metric, options.table, options.allow_unequal, options.record
-    )
+    case = referee.case_of(options.runs, options.against, options.metric, options.table, options.allow_unequal)
+    case = replace(case, record=Path(options.record)) if options.record else case
     verdict, look = referee.judge(case)
     if options.json:
         print(json.dumps(referee.json_of(case, verdict, look)))

@@ -26,7 +26,7 @@ from studies.decision import (
 )
 from studies.design import Design, design
 from studies.findings import Findings, answer
-from studies.record import key_of, look, number_of
+from studies.record import look, number_of, seen_in
 from studies.results import Result
 from studies.space import FRESH_SEEDS, Study
 
@@ -266,8 +266,8 @@ def until_it_works(way: str, kind: str, draw: np.random.Generator) -> bool:
         known = run_through(study_of(points, seeds, confirm), values[:points, columns])
         if not known.fresh():
             continue
-        number = number_of(key_of(known), looks)
-        looks += [key_of(known)] * (number > len(looks))
+        number = number_of(seen_in(known), looks)
+        looks += [seen_in(known)] * (number > len(looks))
         if decided(known, number).claim:
             return True
     return False
@@ -299,9 +299,9 @@ def test_a_look_is_recorded_once_and_the_next_is_told_that_it_needs_more(tmp_pat
     one, other = (run_through(study, values[:, : 4 + study.confirm_seeds]) for study in (few, many))
     assert [look(one), look(one), look(other), look(one), look(other)] == [1, 1, 2, 1, 2]
     recorded = json.loads((tmp_path / "s/looks.json").read_text())
-    assert [len(entry["seeds"]) for entry in recorded] == [3, 10]
+    assert [len(entry["seeds"]) for entry in recorded["fresh seeds"]] == [3, 10]
     found = decided(other, look(other))
     assert found.alpha == pytest.approx(0.05 / 3) and found.claim == "better"
     (tmp_path / "s/looks.json").write_text("[3")
-    with pytest.raises(BadInput, match=r"looks\.json is damaged"):
+    with pytest.raises(BadInput, match=r"looks\.json should hold the record of earlier looks but is damaged"):
         look(one)

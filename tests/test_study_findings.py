@@ -137,7 +137,9 @@ def test_one_look_too_many_costs_the_claim(tmp_path: Path) -> None:
     study = ends_study(tmp_path, {"good": 0.05, "other": 0.0}, {"good": 0.003})
     assert told(study)[0].decision.claim == "better" and (study.directory / "looks.json").exists()
     looks = json.loads((study.directory / "looks.json").read_text())
-    (study.directory / "looks.json").write_text(json.dumps([{**looks[0], "key": f"earlier {i}"} for i in range(4)]))
+    earlier = [{"seen": f"earlier {number}"} for number in range(4)]
+    assert list(looks) == ["fresh seeds"] and looks["fresh seeds"][0]["points"] == ["good", "baseline"]
+    (study.directory / "looks.json").write_text(json.dumps({"fresh seeds": earlier}))
     findings, words, _ = told(study)
     assert findings.look == 5 and findings.decision.claim is None
     assert "This is look 5 at fresh results; earlier ones spent part of the 5%, so that this needs 99.7%." in words

@@ -24,7 +24,7 @@ def look(known: Design) -> int:
     """
     fresh, contest = known.fresh(), known.contest()
     path = known.study.directory / "looks.json"
-    if not fresh:
+    if not any(fresh.values()):
         return len(read_looks(path)) + 1
     pair = {name: [contest.get(name, {}), runs] for name, runs in fresh.items()}
     key = files.hash_of([known.study.metric, {name: repr(values) for name, values in pair.items()}])

@@ -70,14 +70,13 @@ def numbers(findings: Findings, point: Point, name: str) -> list[float]:
     return [value for run in findings.of(point) if (value := run.number(name)) is not None]
 
 
-def average(findings: Findings, point: Point, name: str) -> float | None:
-    """Mean of a metric over the search's runs of a point that count."""
-    return fmean(values) if (values := numbers(findings, point, name)) else None
-
-
 def ranking_rows(findings: Findings) -> list[dict[str, Any]]:
     """The rows of ranking.csv: the baseline, then the points, the best first; differences are point minus baseline."""
     order, values, rows = compared(findings), findings.design.search(), []
+
+    def average(point: Point, name: str) -> float | None:
+        return fmean(known) if (known := numbers(findings, point, name)) else None
+
     for place, point in enumerate(order + [point for point in findings.points if point not in order]):
         runs, difference = findings.of(point), findings.row(point)
         row: dict[str, Any] = {"rank": place if difference and difference.may_win else None, "point": point.name}
@@ -88,8 +87,8 @@ def ranking_rows(findings: Findings) -> list[dict[str, Any]]:
         row["spread"] = difference.sd if difference else None
         row["unchanged"] = bool(difference and difference.unchanged)
         row["difference_bits_per_byte"] = difference.mean * findings.bits if difference and findings.bits else None
-        row |= {name: average(findings, point, name) for name in ("test/loss", "val/ece", "val/brier", "gap/loss")}
-        mine, its = (average(findings, which, "seconds_per_step") for which in (point, order[0]))
+        row |= {name: average(point, name) for name in ("test/loss", "val/ece", "val/brier", "gap/loss")}
+        mine, its = (average(which, "seconds_per_step") for which in (point, order[0]))
         rows.append(row | {"relative_seconds_per_step": mine / its if mine and its else None})
     return rows
 
@@ -244,7 +243,7 @@ def heat_cells(findings: Findings) -> tuple[Any, tuple[str, str], tuple[list[str
     for side in sides:
         side.sort(key=lambda value: (not is_number(value), value if is_number(value) else str(value)))
     means = {row.point: row.mean for row in findings.rows} | {findings.points[0].name: 0.0}
-    by_cell = {tuple(map(repr, values.values())): means.get(name) for name, values in chosen.items()}
+    by_cell = {tuple(map(repr, values.values())): means[name] for name, values in chosen.items() if name in means}
     if 5 * len(by_cell) < 4 * len(sides[0]) * len(sides[1]) or min(map(len, sides)) < 2 or not any(by_cell.values()):
         return None
     cells = [[by_cell.get((repr(one), repr(other))) for other in sides[1]] for one in sides[0]]
@@ -295,9 +294,9 @@ def render(findings: Findings, drawn: dict[str, Picture]) -> str:
     )
 
 
-def shown(value: float | None, form: str = "%.4f") -> str:
+def shown(value: float | None, form: str = "z.4f") -> str:
     """The number as a table has it."""
-    return "–" if value is None else (form % value).replace("-", "−")
+    return "–" if value is None else f"{value:{form}}".replace("-", "−")
 
 
 def figure_html(picture: Picture) -> Markup:

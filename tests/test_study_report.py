@@ -65,9 +65,10 @@ def ends_study(directory: Path, ends: dict[str, dict[int, float]], **changes: An
     study = make_study(directory, search="list", space=space, **changes)
     for point in study.points():
         for seed, end in ends[point.name].items():
-            status = "finished" if math.isfinite(end) else "failed"
-            error = None if math.isfinite(end) else "RuntimeError: the disk is full"
-            write_run(study, point, seed, end, test=end - 0.2, status=status, error=error)
+            if math.isfinite(end):
+                write_run(study, point, seed, end, test=end - 0.2)
+            else:
+                write_run(study, point, seed, end, status="failed", error="RuntimeError: the disk is full")
     return study
 
 

@@ -7,8 +7,9 @@ import math
 import os
 import re
 import uuid
+from collections.abc import Sequence
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, median
 from typing import Any
 
 TRAIN, VAL, AVERAGE, BEST = "#9aa5b1", "#0b6e99", "#7a5195", "#d1495b"
@@ -194,25 +195,65 @@ def _rows(panels: Any, names: list[str], narrow: bool) -> None:
             panel.annotate(_label(name, 44), (0, row), xytext=(0, 3), fontsize=8, **where)
 
 
-def ranking(rows: list[dict[str, Any]], unit: str, narrow: bool = False) -> Any:
-    """Forest plot: each row's ``difference`` to the baseline with its interval ``low`` to ``high`` (None: unknown).
+def _ends(values: Sequence[float], within: Sequence[float] = ()) -> tuple[float, float]:
+    """The ends of an axis: room for ``within`` and for all values but those of runs that diverged.
 
-    ``role`` is winner, point or uneven; ``better`` is True, False or None (not distinguishable from noise).
+    These lie 20 times as far from the median as three quarters of the others, and would flatten what matters.
     """
-    height = 0.9 + len(rows) * (0.42 if narrow else 0.3)
-    figure, (panel,) = _panels(3.7 if narrow else 7.4, height, 1)
+    middle = median(values)
+    distances = sorted(abs(value - middle) for value in values)
+    reach = 20 * distances[3 * (len(distances) - 1) // 4]
+    inside = [value for value in values if abs(value - middle) <= reach or not reach] + list(within)
+    pad = 0.06 * (max(inside) - min(inside)) or 1e-4
+    return min(inside) - pad, max(inside) + pad
+
+
+def slopes(
+    panels: dict[str, list[tuple[float, float]]],
+    sides: tuple[str, str],
+    unit: str,
+    minimize: bool,
+    narrow: bool = False,
+) -> Any:
+    """A line a seed from the baseline's value to another point's, and their means; a panel for each group of seeds.
+
+    Seeds on which the point is not better are dashed and red. A value far off lies outside of the picture.
+    """
+    figure, axes = _panels(3.7 if narrow else 7.4, 3.4, len(panels), sharey=True)
+    for axis, (title, pairs) in zip(axes, panels.items(), strict=True):
+        for its, mine in pairs:
+            better = mine < its if minimize else mine > its
+            color, dashes = (GOOD, "o-") if better else (BEST, "o--")
+            axis.plot([0, 1], [its, mine], dashes, color=color, markersize=3.5, linewidth=1.2, alpha=0.75)
+        means = [fmean(side) for side in zip(*pairs, strict=True)]
+        axis.plot([0, 1], means, "o-", color="black", markersize=6, linewidth=2.4)
+        axis.set_title(title, fontsize=9 if narrow else 10, loc="left")
+        axis.set_xticks([0, 1], sides)
+        axis.set_xlim(-0.4, 1.4)
+        axis.grid(axis="x", visible=False)
+    axes[0].set_ylim(_ends([value for pairs in panels.values() for pair in pairs for value in pair]))
+    axes[0].set_ylabel(unit)
+    return figure
+
+
+def intervals(rows: list[dict[str, Any]], unit: str, narrow: bool = False) -> Any:
+    """A row for each measurement of one ``difference``, with its interval ``low`` to ``high`` (None: unknown).
+
+    What is not ``sure`` is grey and hollow, and an interval of it that reaches far out is cut off at the edge.
+    """
+    figure, (panel,) = _panels(3.7 if narrow else 7.4, 0.9 + len(rows) * (0.5 if narrow else 0.38), 1)
     panel.axvline(0, color="black", linewidth=0.9)
     for number, row in enumerate(rows):
-        color = {True: GOOD, False: BEST, None: FAINT}[row["better"]]
+        color = VAL if row["sure"] else FAINT
         if row["low"] is not None:
-            panel.plot([row["low"], row["high"]], [number, number], color=color, linewidth=2.2, solid_capstyle="round")
-        marker = "D" if row["role"] == "winner" else "o"
-        filling = "none" if row["role"] == "uneven" else color
-        panel.plot(row["difference"], number, marker, color=color, markersize=7, markerfacecolor=filling)
-    sure = [value for row in rows if row["role"] != "uneven" for value in (row["low"], row["high"], row["difference"])]
-    inside = [value for value in sure if value is not None] + [0.0]
-    pad = 0.06 * (max(inside) - min(inside) + 1e-9)
-    panel.set_xlim(min(inside) - pad, max(inside) + pad)  # a run that diverged must not flatten the others
+            width = 3 if row["sure"] else 1.4
+            panel.plot([row["low"], row["high"]], [number, number], color=color, linewidth=width)
+        filling = color if row["sure"] else "none"
+        panel.plot(row["difference"], number, "D", color=color, markersize=8, markerfacecolor=filling)
+    inside = [row["difference"] for row in rows] + [0.0]
+    inside += [row[end] for row in rows if row["sure"] for end in ("low", "high") if row[end] is not None]
+    room = 0.5 * (max(inside) - min(inside)) or 1e-4
+    panel.set_xlim(min(inside) - room, max(inside) + room)
     panel.locator_params(axis="x", nbins=4 if narrow else 7)
     _rows([panel], [row["label"] for row in rows], narrow)
     panel.set_xlabel(f"difference to the baseline, {unit}")
@@ -269,35 +310,44 @@ def _over_seeds(runs: list[tuple[list[float], list[float]]]) -> tuple[list[float
 
 
 def dots(
-    names: list[str], panels: dict[str, list[list[float]]], baseline: int | None = None, narrow: bool = False
-) -> Any:
-    """One row a point, one panel a measure: each seed as a faint dot, their mean as a full one.
+    names: list[str], panels: dict[str, list[list[float]]], baseline: int | None = None, winner: int | None = None,
+    narrow: bool = False,
+) -> Any:  # fmt: skip
+    """One row a point, one panel a measure: each seed as a faint dot, their mean as a full one, the winner's a diamond.
 
-    ``panels`` maps the measure's name to the seeds' values of each row; a line marks the mean of row ``baseline``.
+    ``panels`` maps the measure's name to the seeds' values of each row; a line marks the mean of row ``baseline``. An
+    arrow at the edge stands for a seed far outside.
     """
     height = (0.9 + len(names) * 0.36) * len(panels) if narrow else 0.9 + len(names) * 0.26
     figure, axes = _panels(3.7 if narrow else 7.4, height, len(panels), 1 if narrow else None)
     for axis, (title, rows) in zip(axes, panels.items(), strict=True):
+        best = rows[winner] if winner is not None else []
+        left, right = _ends([value for values in rows for value in values], best)
         for number, values in enumerate(rows):
-            color = "black" if number == baseline else VAL
-            axis.plot(values, [number] * len(values), "o", color=color, markersize=4, alpha=0.3)
-            if values:
-                axis.plot(fmean(values), number, "o", color=color, markersize=6)
+            color = "black" if number == baseline else GOOD if number == winner else VAL
+            for value in values:
+                place, mark = (left, "<") if value < left else (right, ">") if value > right else (value, "o")
+                axis.plot(
+                    place, number, mark, color=color, markersize=4, alpha=0.3 if mark == "o" else 1, clip_on=False
+                )
+            if values and left <= fmean(values) <= right:
+                axis.plot(fmean(values), number, "D" if number == winner else "o", color=color, markersize=6)
             if values and number == baseline:
                 axis.axvline(fmean(values), color="black", linewidth=0.8, linestyle="--")
+        axis.set_xlim(left, right)
         axis.set_title(title, fontsize=10, loc="left")
-        axis.locator_params(axis="x", nbins=4)
+        axis.locator_params(axis="x", nbins=4 if narrow or len(panels) > 1 else 7)
     _rows(axes, names, narrow)
     return figure
 
 
 def heatmap(
-    differences: list[list[float | None]], sure: list[list[bool]], knobs: tuple[str, str],
-    values: tuple[list[str], list[str]], unit: str, narrow: bool = False,
+    differences: list[list[float | None]], knobs: tuple[str, str], values: tuple[list[str], list[str]], unit: str,
+    narrow: bool = False,
 ) -> Any:  # fmt: skip
     """Difference to the baseline over two knobs: rows by the first, columns by the second, None where there is none.
 
-    Bold: distinguishable from noise. Blue is lower, which for a loss is better.
+    Blue is lower, which for a loss is better.
     """
     import numpy as np
 
@@ -312,7 +362,6 @@ def heatmap(
             panel.text(
                 column + 0.5, row + 0.5, f"{grid[row, column]:+.3f}", ha="center", va="center",
                 fontsize=7.5 if narrow else 9, color="#fafafa" if dark else "#151515",
-                fontweight="bold" if sure[row][column] else "normal",
             )  # fmt: skip
     panel.set_yticks(np.arange(grid.shape[0]) + 0.5, [_label(value) for value in values[0]])
     panel.set_xticks(np.arange(grid.shape[1]) + 0.5, [_label(value) for value in values[1]])
@@ -329,7 +378,7 @@ def heatmap(
 def dose_response(knobs: dict[str, list[dict[str, Any]]], unit: str, narrow: bool = False) -> Any:
     """Difference to the baseline over the value of a knob, one panel a knob.
 
-    A dose has ``value`` (a number), ``difference``, ``low``, ``high`` (None: unknown) and ``baseline``.
+    A dose has ``value`` (a number), ``difference``, those of its ``seeds`` (faint dots) and ``baseline``.
     """
     columns = 1 if narrow else min(2, len(knobs))
     size = (3.7 if narrow else 3.7 * columns + 0.4, 2.6 * -(-len(knobs) // columns))
@@ -343,8 +392,7 @@ def dose_response(knobs: dict[str, list[dict[str, Any]]], unit: str, narrow: boo
         panel.axhline(0, color="black", linewidth=0.9)
         panel.plot(across, [dose["difference"] for dose in doses], color=VAL, linewidth=1.4)
         for x, dose in zip(across, doses, strict=True):
-            if dose["low"] is not None:
-                panel.plot([x, x], [dose["low"], dose["high"]], color=VAL, linewidth=2, alpha=0.6)
+            panel.plot([x] * len(dose["seeds"]), dose["seeds"], "o", color=VAL, markersize=4, alpha=0.3)
             panel.plot(x, dose["difference"], "o", color="black" if dose["baseline"] else VAL, markersize=6)
         if spaced:
             panel.set_xticks(across, [f"{dose['value']:g}" for dose in doses])
@@ -352,5 +400,6 @@ def dose_response(knobs: dict[str, list[dict[str, Any]]], unit: str, narrow: boo
             panel.set_xscale("log")
             panel.xaxis.set_major_formatter("{x:g}")
         panel.set_xlabel(knob)
+    panels[0].set_ylim(_ends([value for doses in knobs.values() for dose in doses for value in dose["seeds"]], [0.0]))
     figure.supylabel(f"difference to the baseline, {unit}", fontsize=9)
     return figure

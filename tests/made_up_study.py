@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from command_line import dump
+from studies.design import Design, design
 from studies.space import Point, Study
 
 STEPS = 300
@@ -51,6 +52,19 @@ def write_runs(
         for seed in [*study.seeds, *(study.fresh_seeds if point.name in confirm else [])]:
             end = 4.0 + effect(point) + shares[seed] + draw.normal(0, noise)
             write_run(study, point, seed, end, test=end - 0.2 + draw.normal(0, noise))
+
+
+def finish(study: Study, effect: Callable[[Point], float], noise: float = 0.01, random: int = 0) -> Design:
+    """All runs that the study asks for, stage after stage, as those of ``write_runs``; what is there stays."""
+    draw = np.random.default_rng(random)
+    while True:
+        known = design(study)
+        missing = [(point, seed) for point, seed in known.wanted if not known.result(point, seed).over]
+        for point, seed in missing:
+            end = 4.0 + effect(point) + np.random.default_rng([random, seed]).normal(0, 0.05) + draw.normal(0, noise)
+            write_run(study, point, seed, end, test=end - 0.2 + draw.normal(0, noise))
+        if not missing:
+            return known
 
 
 def write_run(study: Study, point: Point, seed: int, end: float, test: float = 4.0, **summary: Any) -> Path:

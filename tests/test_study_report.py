@@ -18,28 +18,40 @@ from urllib.parse import unquote
 
 import numpy as np
 import pytest
-from made_up_study import make_study, write_run, write_runs
+from conftest import ROOT
+from made_up_study import finish, make_study, write_run, write_runs
+from scipy import stats
 
+import pictures
 from config import BadInput, Config
-from studies import runner
-from studies.findings import answer, cautions, find, winner
-from studies.report import draw, ranking_rows, render, write_report
-from studies.results import collect, metric_value, write_results, write_table
-from studies.space import Point, Study, confirmation_seeds
+from studies.design import design
+from studies.findings import answer, cautions, find
+from studies.knobs import name_of
+from studies.report import draw, heat_cells, interval_rows, pairs, ranking_rows, render, tuning_rows, write_report
+from studies.results import metric_value, write_results, write_table
+from studies.space import Point, Study
 from studies.tracking import log_summary
 
 BEST = "weight_decay=2,residual_dropout=0"
+OF_POINTS = {"search", "curves", "calibration", "gap_and_cost"}
+PICTURES = OF_POINTS | {"winner", "confirmed", "heatmap", "dose_response"}
 
 
 def truth(point: Point) -> float:
-    """Weight decay helps by 0.05 a unit, dropout harms by 0.8 a unit."""
+    """Weight decay helps by 0.05 a unit, dropout harms by 0.8 a unit; twice or half the learning rate by 0.02."""
     decay = float(point.knobs.get("regularizers.weight_decay", 0.1))
-    return -0.05 * decay + 0.8 * float(point.knobs.get("regularizers.residual_dropout", 0))
+    rate = 0.0 if point.origin is None else 0.02
+    return -0.05 * decay + 0.8 * float(point.knobs.get("regularizers.residual_dropout", 0)) + rate
 
 
-def page_of(study: Study, points: list[Point] | None = None) -> str:
+def page_of(study: Study) -> str:
     """The page without its pictures, which take the time."""
-    return render(find(study, collect(study, points)), {})
+    return render(find(study), {})
+
+
+def words_of(page: str) -> str:
+    """What a reader sees of the page, without line breaks."""
+    return " ".join(html.unescape(re.sub(r"<[^>]*>", " ", page.partition("<main>")[2])).split())
 
 
 def rows_of(path: Path) -> list[dict[str, str]]:
@@ -47,11 +59,28 @@ def rows_of(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
+def ends_study(directory: Path, ends: dict[str, dict[int, float]], **changes: Any) -> Study:
+    """Points named at will, each with the ends of its runs by seed; NaN: it failed."""
+    space = [{"name": name, "regularizers.weight_decay": row} for row, name in enumerate(ends, 1) if name != "baseline"]
+    study = make_study(directory, search="list", space=space, **changes)
+    for point in study.points():
+        for seed, end in ends[point.name].items():
+            if math.isfinite(end):
+                write_run(study, point, seed, end, test=end - 0.2)
+            else:
+                write_run(study, point, seed, end, status="failed", error="RuntimeError: the disk is full")
+    return study
+
+
+def by_seed(search: list[float], fresh: list[float]) -> dict[int, float]:
+    return dict(enumerate(search)) | dict(enumerate(fresh, 1000))
+
+
 @pytest.fixture(scope="module")
 def grid(tmp_path_factory: pytest.TempPathFactory) -> Study:
-    """Twelve points on three seeds, the winner confirmed, with its report."""
-    study = make_study(tmp_path_factory.mktemp("grid"))
-    write_runs(study, truth, noise=0.01, confirm=("baseline", BEST))
+    """Twelve points, the winner at its own learning rate and confirmed, with its report."""
+    study = make_study(tmp_path_factory.mktemp("grid"), tune={"optimizer.lr": [0.5, 1, 2]})
+    finish(study, truth)
     write_report(study)
     return study
 
@@ -59,79 +88,48 @@ def grid(tmp_path_factory: pytest.TempPathFactory) -> Study:
 # ---------------------------------------------------------------------------------------------- what is read
 
 
-def test_the_value_is_the_last_of_averaged_weights_and_of_the_restored_step(tmp_path: Path) -> None:
-    def run(records: list[dict[str, Any]], **summary: Any) -> float | None:
+def test_the_value_is_the_last_or_the_best_and_that_of_averaged_weights(tmp_path: Path) -> None:
+    def run(records: list[dict[str, Any]], metric: str = "val/loss") -> float | None:
         (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
-        (tmp_path / "summary.json").write_text(json.dumps(summary))
-        return metric_value(tmp_path, "val/loss")
+        return metric_value(tmp_path, metric)
 
     lines = [{"step": 1, "val/loss": 3.0}, {"step": 2, "val/loss": 2.0}, {"step": 3, "val/loss": 2.5}, {"step": 4}]
-    assert run(lines) == 2.5
-    assert run([*lines, {"step": 5, "val/loss": None}]) is None  # it was not finite
+    assert run(lines) == 2.5 and run(lines, "best val/loss") == 2.0
+    broken = [*lines, {"step": 5, "val/loss": None}]  # it was not finite
+    assert run(broken) is None and run(broken, "best val/loss") == 2.0
     assert run([*lines, {"step": 5, "val/loss": 1e300}]) is None
-    assert run(lines, stopped_early=True, **{"best/step": 2}) == 2.0
     averaged = [record | {"val_average/loss": record["val/loss"] - 1} for record in lines[:3]]
-    assert run(averaged) == 1.5
-    # Stopped before the average began: its best step has the raw value alone.
-    late = [*lines[:2], averaged[2]]
-    assert run(late) == 1.5 and run(late, stopped_early=True, **{"best/step": 2}) == 2.0
-    assert run([*late, {"step": 5, "val/loss": 2.0, "val_average/loss": None}]) is None
+    assert run(averaged) == 1.5 and run(averaged, "best val/loss") == 1.0
+    assert run([{"step": 1, "val/accuracy": share} for share in (0.2, 0.4, 0.3)], "best val/accuracy") == 0.4
     assert run([]) is None
     assert metric_value(tmp_path / "nowhere", "val/loss") is None
 
 
 def test_no_finished_run_is_told_with_the_way_out(tmp_path: Path) -> None:
     study = make_study(tmp_path)
-    with pytest.raises(BadInput, match=r"no finished run in .*made-up \(36 waiting\).*python -m scripts\.study run"):
+    with pytest.raises(BadInput, match=r"no finished run in .*made-up \(12 waiting\).*python -m scripts\.study run"):
         write_report(study)
     write_run(study, study.points()[0], 0, 4.0, status="failed", error="OSError: disk full")
     with pytest.raises(BadInput, match="OSError: disk full"):
-        collect(study)
-
-
-def test_the_winner_is_the_one_that_the_runner_confirms(grid: Study, tmp_path: Path) -> None:
-    """Also when runs are missing, and when a metric is better the higher it is."""
-    results = collect(grid)
-    best = winner(grid, results, find(grid, results).search)
-    assert best is not None and best.name == BEST and best == runner.to_confirm(grid)
-    study = make_study(tmp_path, metric="val/accuracy")
-    draw = np.random.default_rng(0)
-    for point in study.points():
-        for seed in study.seeds:
-            where = write_run(study, point, seed, 4.0)
-            line = json.loads((where / "metrics.jsonl").read_text().splitlines()[-1])
-            line |= {"step": 301, "val/accuracy": draw.random()}
-            with open(where / "metrics.jsonl", "a") as file:
-                file.write(json.dumps(line) + "\n")
-    shutil.rmtree(study.run_directory(study.points()[0], 1))
-    chosen = runner.to_confirm(study)
-    assert chosen is not None
-    shutil.rmtree(study.run_directory(chosen, 2))  # now another one is best
-    chosen, results = runner.to_confirm(study), collect(study)
-    assert chosen is not None and winner(study, results, find(study, results).search) == chosen
+        write_report(study)
 
 
 # ---------------------------------------------------------------------------------------------- what is said
 
 
 def test_the_answer_quotes_the_fresh_seeds_and_the_test(grid: Study) -> None:
-    findings = find(grid, collect(grid))
     fresh, test = [], []
-    for seed in confirmation_seeds(grid):
-        pair = [grid.run_directory(point, seed) for point in (findings.winner, grid.points()[0]) if point]
+    for seed in grid.fresh_seeds:
+        pair = [grid.run_directory(Point(name, {}), seed) for name in (BEST, "baseline")]
         ends = [metric_value(path, "val/loss") or math.nan for path in pair]
         tests = [json.loads((path / "summary.json").read_text())["test/loss"] for path in pair]
         fresh.append(ends[0] - ends[1])
         test.append(tests[0] - tests[1])
-    one, two = answer(findings)
-    assert one.startswith("weight_decay=2, residual_dropout=0 lowers val/loss by ")
-    assert f"by {-np.mean(fresh):.4f} nats per token against the baseline (95% interval 0.0" in one
-    bits = -np.mean(fresh) / math.log(2) / 2.2
-    assert f"{bits:.4f} bits per byte" in one
-    assert "3 fresh seeds on which nothing was chosen" in two and f"test/loss is {-np.mean(test):.4f} lower" in two
-    confirmed = findings.confirmed
-    assert confirmed is not None and abs(confirmed.difference - -0.095) < 3 * (confirmed.error or 0)  # the truth
-    assert cautions(findings) == []
+    said = words_of((grid.directory / "report.html").read_text())
+    assert said.startswith(f"made-up {BEST.replace(',', ', ')} lowers val/loss by {-np.mean(fresh):.4f} nats per token")
+    assert f"{-np.mean(fresh) / math.log(2) / 2.2:.4f} bits per byte" in said
+    assert f"test/loss is {-np.mean(test):.4f} lower" in said
+    assert abs(np.mean(fresh) - -0.095) < 0.02  # the truth
 
 
 def test_failed_missing_and_diverged_runs(tmp_path: Path) -> None:
@@ -146,20 +144,20 @@ def test_failed_missing_and_diverged_runs(tmp_path: Path) -> None:
     write_run(study, points["weight_decay=0.5,residual_dropout=0"], 2, 40.0)  # finite, and far off
     write_run(study, points["weight_decay=2,residual_dropout=0.2"], 1, 4.0, status="running")
     shutil.rmtree(study.run_directory(points["weight_decay=2,residual_dropout=0.1"], 0))
-    page = page_of(study)
+    said = words_of(page_of(study))
     for words in ("Runs that do not count", "Boom: it broke", "it diverged", "still running, or killed", "not started"):
-        assert words in page, words
-    findings = find(study, collect(study))
-    assert findings.search.uneven == ["weight_decay=0.5,residual_dropout=0"]
+        assert words in said, words
+    assert "2 of 36 runs failed" in said and "2 of 36 runs are not finished" in said
+    assert "weight_decay=0.5, residual_dropout=0 ended at 40.0" in said and "did it diverge?" in said
+    assert "2 (1 failed)" in said
+    findings = find(study)
     assert findings.winner is not None and findings.winner.name == BEST
-    assert findings.search.effects[BEST].claimed and (findings.search.noise.sd or 1) < 0.02
-    write_results(study.directory / "results.csv", study, collect(study))
+    write_results(study.directory / "results.csv", study, findings.results)
     rows = rows_of(study.directory / "results.csv")
     assert len(rows) == 36 and sum(row["status"] == "finished" for row in rows) == 32
-    assert [row["metric"] for row in rows if row["status"] == "failed"] == ["", ""]
-    said = " ".join(cautions(findings))
-    assert "2 of 36 runs failed" in said and "2 of 36 runs are not finished" in said
-    assert said.count("more varied from seed to seed") == 1 and "weight_decay=0.5, residual_dropout=0 (" in said
+    assert [row["value"] for row in rows if row["status"] == "failed"] == ["", ""]
+    failed = [row["rank"] for row in ranking_rows(findings) if row["failed"]]
+    assert failed == [None, None]  # what fails on a seed is not recommended
 
 
 def test_bits_are_left_out_when_points_differ_in_their_tokens(tmp_path: Path) -> None:
@@ -168,30 +166,143 @@ def test_bits_are_left_out_when_points_differ_in_their_tokens(tmp_path: Path) ->
     where = study.run_directory(study.points()[1], 0) / "metrics.jsonl"
     lines = [json.loads(line) for line in where.read_text().splitlines()]
     where.write_text("".join(json.dumps(line | {"val/bits_per_byte": 3.0}) + "\n" for line in lines))
-    findings = find(study, collect(study))
-    assert findings.bits is None and "bits per byte" not in answer(findings)[1]
+    findings = find(study)
+    assert findings.bits is None and "<th>bits per byte</th>" not in render(findings, {})
     assert any("per token" in line for line in cautions(findings))
+
+
+def test_a_point_that_changes_nothing(tmp_path: Path) -> None:
+    ends = {"baseline": by_seed([4.0, 4.1, 4.2], []), "idle": by_seed([4.0, 4.1, 4.2], [])}
+    ends["bad"] = by_seed([4.1, 4.2, 4.4], [])
+    study = ends_study(tmp_path, ends)
+    said = words_of(page_of(study))
+    assert "changed nothing, to the last digit of val/loss: idle" in said
+    assert "idle – changed nothing – 3" in said and "bad 1 0.1333 0.0577 3" in said
+
+
+def test_a_baseline_that_diverged_on_a_fresh_seed_claims_nothing(tmp_path: Path) -> None:
+    ends = {"baseline": by_seed([4.0, 4.1, 4.2], [4.0, 9.0, 4.2]), "good": by_seed([3.9, 4.0, 4.1], [3.9, 4.0, 4.1])}
+    study = ends_study(tmp_path, ends)
+    said = words_of(page_of(study))
+    assert "No gain here is distinguishable from luck" in said and "lowers" not in said
+    assert "baseline ended at 9.0" in said and "did it diverge?" in said
+    left, right = pictures._ends([value for pair in pairs(find(study))["fresh seeds"] for value in pair])
+    assert 3.8 < left < 3.9 and 4.2 < right < 4.3  # the others are not flattened
+
+
+def test_a_failed_run_on_a_fresh_seed_claims_nothing(tmp_path: Path) -> None:
+    fresh = [3.9, math.nan, 4.1]
+    ends = {"baseline": by_seed([4.0, 4.1, 4.2], [4.0, 4.1, 4.2]), "good": by_seed([3.9, 4.0, 4.1], fresh)}
+    said = words_of(page_of(ends_study(tmp_path, ends)))
+    assert "Not confirmed: a run failed, good on the fresh seed 1001 (RuntimeError: the disk is full)." in said
+    assert "1001 4.1112 failed – 3.9000 failed – 1002" in said, "its row in the table of fresh seeds"
+    assert "fresh seeds 3 by which nothing was chosen" in said
+
+
+def test_a_winner_at_the_edge(grid: Study) -> None:
+    said = words_of((grid.directory / "report.html").read_text())
+    assert "weight_decay=2 is the largest value tried; the best may be larger" in said
+
+
+def test_a_look_too_many(tmp_path: Path) -> None:
+    """What the first look would have claimed a later one does not, and the page says why."""
+    ends = {"baseline": by_seed([4.0, 4.1, 4.2], [4.0, 4.1, 4.2])}
+    ends["good"] = by_seed([3.96, 4.04, 4.12], [3.97, 4.05, 4.14])
+    once, study = (ends_study(tmp_path / name, ends) for name in ("once", "often"))
+    assert " lowers val/loss by " in words_of(page_of(once))
+    (study.directory / "looks.json").write_text(json.dumps([{"key": "a"}, {"key": "b"}, {"key": "c"}]))
+    said = words_of(page_of(study))
+    assert "No gain here is distinguishable from luck" in said and "look 4 at fresh results" in said
+    assert "This is look 4 at fresh results; earlier ones spent part of the 5%" in said
+    assert said == words_of(page_of(study)), "the same numbers are the same look"
+
+
+def test_without_fresh_seeds_nothing_is_claimed_and_no_look_is_spent(tmp_path: Path) -> None:
+    study = make_study(tmp_path, space={"regularizers.weight_decay": [0.3, 3]}, confirm_seeds=0)
+    finish(study, truth, noise=0.002)
+    said = words_of(page_of(study))
+    assert "Nothing is claimed yet: weight_decay=3 leads the search" in said and "fresh seeds none" in said
+    assert not (study.directory / "looks.json").exists()
+
+
+def test_an_old_study_is_exploration(tmp_path: Path) -> None:
+    """Seeds 0 to 2 of all points, and 3 to 5 as the fresh ones of an earlier version."""
+    ends = {"baseline": dict(enumerate([4.0, 4.1, 4.2, 4.0, 4.1, 4.2]))}
+    ends |= {"good": {seed: end - 0.1 + 0.001 * seed for seed, end in ends["baseline"].items()}}
+    study = ends_study(tmp_path, ends | {"bad": {0: 4.5, 1: 4.6, 2: 4.7}})
+    said = words_of(page_of(study))
+    assert "Nothing is claimed yet: good leads the search by 0.0990" in said
+    assert "good 1 −0.0990 0.0010 3" in said and "bad 2 0.5000 0.0000 3" in said
 
 
 # ---------------------------------------------------------------------------------------------- what is written
 
 
-def test_tables(grid: Study) -> None:
-    runs, ranking = rows_of(grid.directory / "results.csv"), rows_of(grid.directory / "ranking.csv")
-    assert len(runs) == 12 * 3 + 2 * 3 and sum(run["confirmation"] == "true" for run in runs) == 6
+def test_the_tables_have_these_numbers(tmp_path: Path) -> None:
+    ends = {"baseline": by_seed([4.0, 4.1, 4.2], [4.0, 4.1, 4.2]), "good": by_seed([3.9, 3.9, 4.0], [3.95, 4.05, 4.1])}
+    study = ends_study(tmp_path, ends | {"bad": by_seed([4.5, 4.6, 4.7], []), "worse": {0: 4.8}})
+    write_report(study)
+    runs, ranking = rows_of(study.directory / "results.csv"), rows_of(study.directory / "ranking.csv")
+    told = [(run["point"], run["seed"], run["stage"], run["status"]) for run in runs]
+    search = [("baseline", str(seed), "search", "finished") for seed in range(3)]
+    fresh = [("baseline", str(seed), "fresh", "finished") for seed in (1000, 1001, 1002)]
+    assert told[:6] == search + fresh and told[-1] == ("worse", "0", "search", "finished")
+    assert len(runs) == 6 + 6 + 3 + 1
     first = runs[0]
-    assert first["point"] == "baseline" and first["regularizers.weight_decay"] == "0.1"
-    for name in ("metric", "val/loss", "val/bits_per_byte", "test/loss", "ece", "brier", "gap", "tokens_per_second"):
+    fall = 4.5 * math.exp(-6)  # the curve of a made-up run at its end
+    assert float(first["value"]) == float(first["val/loss"]) == pytest.approx(4 + fall)
+    assert float(first["regularizers.weight_decay"]) == 0.1 and float(runs[-1]["regularizers.weight_decay"]) == 4
+    for name in ("val/bits_per_byte", "test/loss", "ece", "brier", "gap", "tokens_per_second"):
         assert float(first[name]) > 0, name
     assert float(first["seconds"]) == pytest.approx(300 * 512 / 15000)
     assert Path(first["directory"]).is_dir()
-    assert [row["rank"] for row in ranking] == [str(rank) for rank in range(1, 13)]
-    assert ranking[0]["point"] == BEST and float(ranking[0]["high"]) < 0 < float(ranking[-1]["low"])
-    base = next(row for row in ranking if row["point"] == "baseline")
-    mine = [float(run["metric"]) for run in runs if run["point"] == BEST and run["confirmation"] == "false"]
-    its = [float(run["metric"]) for run in runs if run["point"] == "baseline" and run["confirmation"] == "false"]
-    assert float(ranking[0]["difference"]) == pytest.approx(np.mean(mine) - np.mean(its))
-    assert base["difference"] == "" and float(base["relative_seconds_per_step"]) == 1
+    shown = [" ".join(row[name] for name in ("rank", "point", "seeds", "failed", "unchanged")) for row in ranking]
+    assert shown == [" baseline 3 0 False", "1 good 3 0 False", "2 bad 3 0 False", "3 worse 1 0 False"]
+    good = {name: float(ranking[1][name]) for name in ("mean", "difference", "spread", "difference_bits_per_byte")}
+    assert good["difference"] == pytest.approx(-0.5 / 3) and good["spread"] == pytest.approx(math.sqrt(1 / 300))
+    assert good["mean"] == pytest.approx(11.8 / 3 + fall)
+    assert good["difference_bits_per_byte"] == pytest.approx(-0.5 / 3 / math.log(2) / 2.2)
+    assert ranking[0]["difference"] == ranking[3]["spread"] == ""
+    assert float(ranking[0]["relative_seconds_per_step"]) == 1
+    said = words_of((study.directory / "report.html").read_text())
+    assert "1002 4.2112 4.1112 −0.1000 4.0000 3.9000 −0.1000 mean −0.0667 −0.0667" in said
+
+
+def test_formats_lists_what_a_study_writes(grid: Study) -> None:
+    said = set(re.findall(r"`([^`\n]+)`", (ROOT / "docs/formats.md").read_text(encoding="utf-8")))
+    files = {path.name for path in grid.directory.iterdir() if path.is_file()}
+    columns = {*rows_of(grid.directory / "results.csv")[0], *rows_of(grid.directory / "ranking.csv")[0]}
+    knobs = {"regularizers.weight_decay", "regularizers.residual_dropout", "optimizer.lr"}
+    assert files | columns - knobs <= said
+
+
+def test_the_flattered_interval_is_the_paired_t_of_the_search(tmp_path: Path) -> None:
+    base, good = [4.0, 4.1, 4.2], [3.9, 3.95, 4.0]
+    study = ends_study(tmp_path, {"baseline": by_seed(base, base), "good": by_seed(good, [3.95, 4.05, 4.1])})
+    fresh, search = interval_rows(find(study))
+    expected = stats.ttest_rel(good, base).confidence_interval()
+    assert (search["low"], search["high"]) == pytest.approx((expected.low, expected.high))
+    assert search["difference"] == pytest.approx(-0.15) and not search["sure"]
+    assert fresh["difference"] == pytest.approx(-0.2 / 3) and fresh["sure"]
+
+
+def test_learning_rates_are_shown_with_what_each_chose(tmp_path: Path) -> None:
+    """The baseline's best is half the rate, the point's the base's: their means stand in the table, the best bold."""
+    study = make_study(tmp_path, space={"regularizers.weight_decay": [3]}, tune={"lr": [0.5, 1, 2]}, seeds=2)
+    usual = study.config(study.points()[0], 0).optimizer.lr
+
+    def effect(point: Point) -> float:
+        best = usual if "regularizers.weight_decay" in point.knobs else usual / 2
+        return abs(math.log2(float(point.knobs.get("optimizer.lr", usual)) / best)) / 10 - (best == usual) / 2
+
+    finish(study, effect, noise=0)
+    base, point = tuning_rows(find(study))
+    assert base["chosen"] == 0.5 and point["chosen"] == 1
+    assert np.diff(base["means"]) == pytest.approx([-0.1, 0.1, 0.1])  # 0.25 was tried since 0.5 lay at the edge
+    assert np.diff(point["means"]) == pytest.approx([-0.1, -0.1, 0.1])
+    page = page_of(study)
+    assert f"<strong>{base['means'][1]:.4f}</strong>" in page and f"<strong>{point['means'][2]:.4f}</strong>" in page
+    assert "0.25× 0.5× 1× 2×" in words_of(page)
 
 
 def test_two_writers_of_one_file_do_not_meet(tmp_path: Path) -> None:
@@ -203,34 +314,104 @@ def test_two_writers_of_one_file_do_not_meet(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["results.csv"]
 
 
-def test_pictures(grid: Study, tmp_path: Path) -> None:
-    names = {"ranking", "heatmap", "dose_response", "curves", "calibration", "gap_and_cost"}
-    assert {path.stem for path in grid.directory.glob("*.png")} == names
-    study = make_study(
-        tmp_path, search="list", space=[{"regularizers.ema_decay": 0.99}, {"model.tie_embeddings": False}]
-    )
-    write_runs(study, lambda point: 0.0)
-    assert set(draw(find(study, collect(study)))) == names - {"heatmap", "dose_response"}
+DECAY = {"regularizers.weight_decay": [0.3, 1, 3]}
+
+
+@pytest.mark.parametrize(
+    "changes, expected, heading",
+    [
+        ({"space": DECAY}, {"winner", "confirmed", "dose_response"}, "The search’s winner against the baseline"),
+        ({"space": DECAY, "confirm_seeds": 0}, {"winner", "dose_response"}, "There are no fresh seeds to judge by:"),
+        ({"space": DECAY, "seeds": 1}, {"winner", "confirmed", "dose_response"}, "one seed each cannot even show that"),
+        ({"space": {"regularizers.residual_dropout": [0.1]}}, {"winner"}, "The nearest point against the baseline"),
+        (
+            {"search": "list", "space": [{"ema_decay": 0.99}, {"model.tie_embeddings": False}]},
+            {"winner"},
+            "The nearest point",
+        ),
+    ],
+    ids=["fresh", "search only", "one seed", "nothing leads", "list"],
+)
+def test_pictures_of_each_state(changes: Any, expected: set[str], heading: str, tmp_path: Path) -> None:
+    study = make_study(tmp_path, **changes)
+    finish(study, truth if "list" not in changes.values() else lambda point: 0.1 * len(point.knobs))
+    findings = find(study)
+    drawn = draw(findings)
+    assert set(drawn) == expected | OF_POINTS
+    assert heading in words_of(render(findings, drawn))
+
+
+def test_points_that_a_search_makes_up(tmp_path: Path) -> None:
+    """tpe: they are found by their directories, beside the baseline."""
+    study = make_study(tmp_path, search="tpe", trials=2, space={"regularizers.weight_decay": {"min": 0.3, "max": 3}})
+    for value in (1.5, 2.5):
+        knobs = {"regularizers.weight_decay": value}
+        write_run(study, Point(name_of(knobs), knobs), 0, 4 - value / 20)
+    finish(study, truth, noise=0.001)
+    findings = find(study)
+    assert {"winner", "confirmed", "dose_response"} <= set(draw(findings))
+    assert "weight_decay=2.5 lowers val/loss by" in words_of(render(findings, {}))
+
+
+def test_a_heat_map_waits_for_its_cells(tmp_path: Path) -> None:
+    study = make_study(tmp_path)
+    for place, point in enumerate(study.points()):
+        write_run(study, point, 0, 4 + truth(point))
+        assert (heat_cells(find(study)) is not None) == (place >= 9)  # ten of twelve
+
+
+def test_a_study_that_was_stopped(tmp_path: Path) -> None:
+    """After each of its runs in turn there is a page: in the search, in the tuning, and on fresh seeds."""
+    study = make_study(tmp_path, space={"regularizers.weight_decay": [0.3, 3]}, tune={"lr": [0.5, 1, 2]}, seeds=2)
+    write_run(study, study.points()[0], 0, 4.0)
+    assert draw(find(study)).keys() == OF_POINTS - {"search"}  # there is nothing to compare
+    stages = []
+    while design(study).stage != "done":
+        known = design(study)
+        point, seed = next(pair for pair in known.wanted if not known.result(*pair).over)
+        write_run(study, point, seed, 4 + truth(point) + seed / 1e5)
+        findings = find(study)
+        said = words_of(render(findings, {}))
+        stages.append(findings.design.stage)
+        over = stages[-1] == "done"
+        assert (" lowers val/loss by " in said) == ("fresh seed val/loss: baseline winner" in said) == over
+    assert sorted(set(stages)) == ["done", "fresh", "search", "tuning"]
+
+
+def test_a_diverged_run_does_not_flatten_the_picture_and_the_winner_stays_in_it() -> None:
+    calm = [0.001 * row for row in range(-5, 6)]
+    left, right = pictures._ends([*calm, 3.0])
+    assert left < -0.005 and 0.005 < right < 0.01
+    assert pictures._ends([*calm, -3.0], [-3.0])[0] < -3
 
 
 def test_the_page_asks_nobody_for_anything_and_is_accessible(grid: Study) -> None:
+    assert {path.stem for path in grid.directory.glob("*.png")} == PICTURES
     page = (grid.directory / "report.html").read_text()
     assert not re.findall(r"(?:src|srcset|href|action|data)=[\"']?\s*(?:https?:)?//", page)
     assert "@import" not in page and "<script" not in page and not re.search(r"url\(\s*[\"']?http", page)
     images = re.findall(r"<img [^>]*>", page)
-    assert len(images) == 6 and all(re.search(r'alt="[^"]{20,}"', image) for image in images)
+    assert len(images) == len(PICTURES) and all(re.search(r'alt="[^"]{20,}"', image) for image in images)
+    assert "fresh seeds: better on 3 of 3; where it was chosen: better on 2 of 2" in images[0]
     links = re.findall(r'href="([^"]*)"', page)
     assert f"./{BEST.replace('=', '%3D').replace(',', '%2C')}-seed0/" in links
     assert all((grid.directory / unquote(link)).exists() for link in links)
     headings = re.findall(r"<h[1-3]>([^<]*)", page)
-    for heading in ("Ranking", "Confirmation and test", "Curves", "Calibration", "All runs", "Do it again"):
-        assert heading in headings
-    for word in ("0123456789ab", "2.13.0+cpu", "python -m scripts.study run"):
+    order = ["The search’s winner", "Measured afresh", "The search", "Each at its own", "The two knobs", "One knob"]
+    order += ["Curves", "Calibration", "Gap and cost", "All runs", "Do it again", "How this was worked out"]
+    assert [heading[: len(start)] for heading, start in zip(headings[1:], order, strict=True)] == order
+    for word in ("0123456789ab", "2.13.0+cpu", "python -m scripts.study run", f"{BEST}-seed0/config.yaml"):
         assert word in page
+    for word in ("Holm", "adjusted", "p value", "common noise", "noise of one run"):
+        assert word not in page
 
 
 class Careless(Study):
     """A study whose points may have any name, which a study file does not allow."""
+
+    def points(self) -> list[Point]:
+        evil = Point('<script>alert("1")<|script>&amp;$x^{', {"regularizers.weight_decay": 3.0})
+        return [*super().points(), evil]
 
     def config(self, point: Point, seed: int) -> Config:
         return super().config(Point("tame", point.knobs), seed)
@@ -238,12 +419,11 @@ class Careless(Study):
 
 def test_hostile_names_and_errors_are_escaped(tmp_path: Path) -> None:
     study = make_study(tmp_path, Careless, space={"regularizers.weight_decay": [0.3, 1]})
-    evil = Point('<script>alert("1")<|script>&amp;$x^{', {"regularizers.weight_decay": 3.0})
-    points = [*study.points(), evil]
-    write_runs(study, truth, points=points, noise=0.001)
+    *_, one, evil = study.points()
+    finish(study, truth, noise=0.001)
     broken = '</td><img src="//evil" onerror=alert(1)>'
-    write_run(study, points[1], 0, 4.0, status="failed", error=broken)
-    path, lines = write_report(study, points)
+    write_run(study, one, 0, 4.0, status="failed", error=broken)
+    path, lines = write_report(study)
     page = path.read_text()
     assert evil.name in lines[0]  # a terminal takes it as it is
     assert "<script" not in page and '<img src="//evil' not in page and "<|script" not in page
@@ -283,11 +463,11 @@ def in_browser(page: Path, width: int, tmp_path: Path) -> dict[str, Any]:
 
 @pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium to open the page in")
 def test_the_page_fits_a_phone_and_a_desk(grid: Study, tmp_path: Path) -> None:
-    sentences = answer(find(grid, collect(grid)))
+    sentences = answer(find(grid))
     phone, desk = (in_browser(grid.directory / "report.html", width, tmp_path) for width in (390, 1280))
     for seen, width in ((phone, 390), (desk, 1280)):
         assert seen["window"] == width >= seen["width"], "the page scrolls sideways"
-        assert seen["pictures"] == [True] * 6
+        assert seen["pictures"] == [True] * len(PICTURES)
         assert all(" ".join(sentence.split()) in " ".join(seen["text"].split()) for sentence in sentences)
     assert phone["sources"] != desk["sources"]  # a phone gets its own, narrow drawings
 
@@ -297,7 +477,7 @@ def test_the_page_fits_a_phone_and_a_desk(grid: Study, tmp_path: Path) -> None:
 
 def test_the_summary_run_lands_in_wandb_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     study = make_study(tmp_path, space={"regularizers.weight_decay": [0.3, 3]})
-    write_runs(study, truth, noise=0.002, confirm=("baseline", "weight_decay=3"))
+    finish(study, truth, noise=0.002)
     for name in ("WANDB_DATA_DIR", "WANDB_CACHE_DIR", "WANDB_CONFIG_DIR"):
         monkeypatch.setenv(name, str(tmp_path / name.lower()))
     monkeypatch.setenv("WANDB_MODE", "offline")
@@ -311,7 +491,7 @@ def test_the_summary_run_lands_in_wandb_offline(tmp_path: Path, monkeypatch: pyt
         env=dict(os.environ),
     )
     assert asked.returncode == 0, asked.stderr
-    words = ("made-up", '"job_type":"report"', "table-file", "pictures/ranking", "weight_decay=3", "confirmed/high")
+    words = ("made-up", '"job_type":"report"', "table-file", "pictures/confirmed", "weight_decay=3", "claim", "high")
     for word in words:
         assert word in asked.stdout, word
 
@@ -327,6 +507,6 @@ def test_no_report_is_lost_to_wandb(
     write_runs(study, truth)
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setattr("studies.tracking.start_wandb", lambda *_, **__: Dead())
-    findings = find(study, collect(study))
+    findings = find(study)
     log_summary(study, findings, ranking_rows(findings), {}, answer(findings))
     assert "W&B did not take the report (the service is gone)" in capsys.readouterr().err

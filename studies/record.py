@@ -36,7 +36,7 @@ def count_look(path: Path, subject: str, seen: str, told: dict[str, Any] | None)
     ``path`` holds {subject: [looks]}; a new one is added with what is ``told`` of it, unless that is None. Raises
     BadInput for a record that cannot be read: without it nothing can be said of earlier looks.
     """
-    with files.lock(path.with_name(f"{path.name}.lock"), wait=True):
+    with files.lock(path.with_suffix(".lock"), wait=True):
         record = read_looks(path)
         looks = record.setdefault(subject, [])
         number = number_of(seen, [entry["seen"] for entry in looks])

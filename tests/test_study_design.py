@@ -63,6 +63,16 @@ def test_a_study_of_eleven_points_is_halved_and_confirmed_in_39_runs(tmp_path: P
     assert design(study).stage == "fresh" and design(study).fresh() == {}
 
 
+def test_a_stage_chooses_by_its_own_seeds(tmp_path: Path) -> None:
+    """What a point did on later seeds, where it is there already, does not change who goes on."""
+    study = eleven_points(tmp_path)
+    go_on(study, EFFECTS)
+    late = study.points()[1]
+    for seed in (2, 3):
+        write_run(study, late, seed, 1.0)
+    assert asked(design(study))["p1"] == [0, 1]
+
+
 def test_contenders_are_tuned_alike_on_seeds_of_their_own_and_further_at_an_edge(tmp_path: Path) -> None:
     """The baseline does best at a quarter of the rate, below the multiples asked for; so all are tried there."""
     study = eleven_points(tmp_path, tune={"lr": [0.5, 1, 2]})

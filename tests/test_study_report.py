@@ -210,7 +210,9 @@ def test_a_look_too_many(tmp_path: Path) -> None:
     ends["good"] = by_seed([3.96, 4.04, 4.12], [3.97, 4.05, 4.14])
     once, study = (ends_study(tmp_path / name, ends) for name in ("once", "often"))
     assert " lowers val/loss by " in words_of(page_of(once))
-    (study.directory / "looks.json").write_text(json.dumps([{"key": "a"}, {"key": "b"}, {"key": "c"}]))
+    (study.directory / "looks.json").write_text(
+        json.dumps({"fresh seeds": [{"seen": "a"}, {"seen": "b"}, {"seen": "c"}]})
+    )
     said = words_of(page_of(study))
     assert "No gain here is distinguishable from luck" in said and "look 4 at fresh results" in said
     assert "This is look 4 at fresh results; earlier ones spent part of the 5%" in said

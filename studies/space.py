@@ -101,7 +101,9 @@ class Study(Section):
     metric: str = "val/loss"
     """What is compared: its value at the end of a run."""
     workers: Literal["auto"] | Annotated[int, Field(ge=1, le=1024)] = "auto"
-    """Runs at a time on this machine. auto: one a GPU, or one a core."""
+    """Runs at a time on this machine. auto: one a GPU, or one a core. More than there are GPUs: runs share them."""
+    processes: int = Field(1, ge=1, le=1024)
+    """Processes of each run, started by torchrun; each has a GPU, or its share of the run's cores."""
     storage: str | None = Field(None, pattern=r"^(sqlite:///.|postgresql(\+psycopg)?://.)")
     """Where the queue lives: a database URL. null: a SQLite file in the study's directory."""
     confirm_seeds: int = Field(3, ge=0)

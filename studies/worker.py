@@ -1,6 +1,8 @@
 """One worker of a study: takes tasks from the queue and trains each with train.py, until the queue is empty.
 
-A process of its own, started by runner.py, without torch. It prints one line for each run that ends.
+A process of its own, started by crew.py. It imports torch and what else a run imports once, and then forks a process
+for each run, which is train.py as it would be when started by hand. It computes nothing itself, since threads and
+GPUs do not survive a fork. It prints one line for each run that ends.
 
     python -m studies.worker STUDY.yaml --threads=1
 """
@@ -8,6 +10,7 @@ A process of its own, started by runner.py, without torch. It prints one line fo
 from __future__ import annotations
 
 import argparse
+import importlib
 import math
 import signal
 import subprocess
@@ -19,13 +22,18 @@ import yaml
 
 from config import BadInput, Config
 from files import is_locked
-from program import FINISHED, PREEMPTED, run
-from studies.processes import ROOT, start
+from program import FINISHED, PREEMPTED, import_torch, run
+from studies.processes import CAN_FORK, ROOT, Forked, fork, start
 from studies.queue import HEARTBEAT, Queue, Task
 from studies.results import is_finished, metric_value
 from studies.space import Study, read_study
 from tracking.run_directory import read_summary, update_summary
 
+# By train.py, by torch.optim when an optimizer is made, and by the pictures; the rest comes with these.
+IMPORTED_ON_THE_WAY = (
+    *("data.prepare", "evaluation.judge", "training.failures", "torch._dynamo"),
+    *("matplotlib.figure", "matplotlib.backends.backend_agg"),
+)
 PATIENCE = 1.0  # seconds between two looks at what another worker is busy with
 
 
@@ -35,8 +43,9 @@ class Worker:
     def __init__(self, study: Study, threads: int) -> None:
         self.study = study
         self.threads = threads
+        self.forks = CAN_FORK and study.processes == 1
         self.queue = Queue(study)
-        self.child: subprocess.Popen[str] | None = None
+        self.child: subprocess.Popen[str] | Forked | None = None
         self.told_to_stop = False
         signal.signal(signal.SIGTERM, self._stop)
 
@@ -47,6 +56,8 @@ class Worker:
 
     def work(self) -> int:
         """Returns the exit code."""
+        if self.forks:
+            import_what_a_run_imports()
         while not self.told_to_stop:
             task = self.queue.claim()
             if task is not None:
@@ -100,7 +111,7 @@ class Worker:
                 return True
             if self.told_to_stop:
                 return None
-            if code == PREEMPTED or "is in use by" in said:
+            if code == PREEMPTED or "Stopped after" in said or "is in use by" in said:  # torchrun tells no code
                 continue  # it was stopped by someone else, or another was faster: look again
             reason = reason_of(said, code)
             if not is_locked(directory / "lock"):
@@ -113,12 +124,19 @@ class Worker:
         config = self.study.config(task.point, seed)
         # A run that goes on keeps the threads it began with, since its bits depend on them.
         threads = read_summary(log.parent).get("hardware", {}).get("threads", self.threads)
-        command = [sys.executable, str(ROOT / "train.py"), *flags(config)]
+        words = [str(ROOT / "train.py"), *flags(config)]
         if config.run.threads == "auto":
-            command.append(f"--run.threads={threads}")
+            words.append(f"--run.threads={threads}")
+        if self.study.processes > 1:
+            words = [*torchrun(self.study.processes), *words]
+        variables = {"WANDB_JOB_TYPE": task.point.name}
         with open(log, "a") as output:
-            print("$", *command[1:], file=output, flush=True)
-            self.child = start(command, {"WANDB_JOB_TYPE": task.point.name}, stdout=output, stderr=subprocess.STDOUT)
+            print("$", *words, file=output, flush=True)
+            if self.forks:
+                self.queue.storage.engine.dispose()  # a connection cannot belong to two processes; it is made anew
+                self.child = fork(words, variables, output)
+            else:
+                self.child = start([sys.executable, *words], variables, stdout=output, stderr=subprocess.STDOUT)
             if self.told_to_stop:  # between the last look and the start
                 self.child.terminate()
             while True:
@@ -130,6 +148,18 @@ class Worker:
                     pass
         self.child = None
         return code
+
+
+def import_what_a_run_imports() -> None:
+    """Import what train.py does on the way, so that a process forked from this one has it."""
+    import_torch()
+    for name in IMPORTED_ON_THE_WAY:
+        importlib.import_module(name)
+
+
+def torchrun(processes: int) -> list[str]:
+    """What stands between python and train.py when a run takes several processes."""
+    return ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
 
 
 def flags(config: Config) -> list[str]:
@@ -149,7 +179,7 @@ def reason_of(said: str, code: int) -> str:
     """Why a run failed: its last words, or how it died."""
     if code < 0:
         return f"killed by {signal.Signals(-code).name}"
-    lines = [line.strip() for line in said.splitlines() if line.strip() and not line.startswith("$")]
+    lines = [line.strip() for line in said.splitlines() if line.strip(" =") and not line.startswith("$")]
     errors = [line for line in lines if line.startswith("error:")] or lines[-1:]
     return errors[0].removeprefix("error: ") if errors else f"exit code {code}"
 

@@ -23,7 +23,7 @@ import yaml
 from config import BadInput, Config
 from files import is_locked
 from program import FINISHED, PREEMPTED, import_torch, run
-from studies.processes import CAN_FORK, ROOT, Forked, fork, start
+from studies.processes import CAN_FORK, ROOT, Forked, fork, gpus, start
 from studies.queue import HEARTBEAT, Queue, Task
 from studies.results import is_finished, metric_value
 from studies.space import Study, read_study
@@ -44,6 +44,7 @@ class Worker:
         self.study = study
         self.threads = threads
         self.forks = CAN_FORK and study.processes == 1
+        self.compile: bool | None = None  # for all runs of the study; None: each decides for itself
         self.queue = Queue(study)
         self.child: subprocess.Popen[str] | Forked | None = None
         self.told_to_stop = False
@@ -58,6 +59,7 @@ class Worker:
         """Returns the exit code."""
         if self.forks:
             import_what_a_run_imports()
+            self.compile = self.settled_compile()
         while not self.told_to_stop:
             task = self.queue.claim()
             if task is not None:
@@ -67,6 +69,20 @@ class Worker:
             else:
                 return FINISHED
         return PREEMPTED
+
+    def settled_compile(self) -> bool | None:
+        """What ``run.compile: auto`` is on CPUs for every run of the study: settled by the first worker, and kept."""
+        study, points = self.study, self.study.points()
+        config = study.config(points[0], study.seeds[0])
+        if config.run.device not in ("auto", "cpu") or (config.run.device == "auto" and gpus()):
+            return None
+        with self.queue.alone():
+            settled: bool | None = self.queue.shared.user_attrs.get("compile")
+            if settled is None:
+                runs = max(len(points), 1 + (study.trials or 0)) * len(study.seeds)
+                settled = gains_by_compiling(config, self.threads, runs)
+                self.queue.shared.set_user_attr("compile", settled)
+        return settled
 
     def _do(self, task: Task) -> None:
         try:
@@ -122,11 +138,13 @@ class Worker:
     def _train(self, task: Task, seed: int, log: Path) -> int:
         """Start train.py, give signs of life while it runs, and return its exit code."""
         config = self.study.config(task.point, seed)
-        # A run that goes on keeps the threads it began with, since its bits depend on them.
-        threads = read_summary(log.parent).get("hardware", {}).get("threads", self.threads)
+        # A run that goes on keeps what it began with, since its bits depend on it.
+        began_on = read_summary(log.parent).get("hardware", {})
         words = [str(ROOT / "train.py"), *flags(config)]
         if config.run.threads == "auto":
-            words.append(f"--run.threads={threads}")
+            words.append(f"--run.threads={began_on.get('threads', self.threads)}")
+        if config.run.compile == "auto" and self.compile is not None:
+            words.append(f"--run.compile={'on' if began_on.get('compile', self.compile) else 'off'}")
         if self.study.processes > 1:
             words = [*torchrun(self.study.processes), *words]
         variables = {"WANDB_JOB_TYPE": task.point.name}
@@ -155,6 +173,31 @@ def import_what_a_run_imports() -> None:
     import_torch()
     for name in IMPORTED_ON_THE_WAY:
         importlib.import_module(name)
+
+
+def gains_by_compiling(config: Config, threads: int, runs: int) -> bool:
+    """Whether as many ``runs`` like that of ``config`` are done earlier on CPUs when they are compiled."""
+    import torch
+
+    from data.loader import TrainingLoader
+    from data.prepare import prepare
+    from data.shards import Corpus
+    from hardware import Hardware, estimated_seconds, missing_for_compile, worth_compiling
+    from model.gpt import GPT
+    from training.progress import Plan
+
+    threads = threads if config.run.threads == "auto" else config.run.threads
+    hardware = Hardware(0, 1, torch.device("cpu"), "fp32", compile=False, threads=threads)
+    try:
+        corpus = Corpus.open(prepare(config.data, quiet=True), verify=False)
+        sizes = config.model.context_length, config.training.global_batch_size
+        plan = Plan.of(config, TrainingLoader(corpus.split("train"), config.data, config.run.seed, *sizes))
+    except BadInput:  # which the run will tell
+        return False
+    with torch.device("meta"):  # of which nothing is computed
+        model = GPT(config.model, corpus.vocab_size, config.regularizers)
+    seconds = estimated_seconds(hardware, config, model.count_parameters(), plan.total_steps)
+    return worth_compiling(seconds, runs) and not missing_for_compile()
 
 
 def torchrun(processes: int) -> list[str]:

@@ -17,11 +17,13 @@ from safetensors.numpy import load_file
 from test_run import numbers
 from test_study_runner import PATIENCE, finish, runs_and_workers, said, start, wait_for, write_study
 
-from config import BadInput
+from config import BadInput, Config
+from hardware import missing_for_compile
 from studies import processes
 from studies.crew import Crew
 from studies.space import read_study
 from studies.sweep import sweep_yaml
+from studies.worker import Worker, gains_by_compiling
 from tracking.run_directory import read_summary
 
 pytestmark = pytest.mark.timeout(3 * PATIENCE)
@@ -135,6 +137,34 @@ def test_a_run_imports_the_compiler_with_its_optimizer_and_matplotlib_at_its_end
     said = in_a_new_process(RUNS_FROM_THE_START, tmp_path, *tiny(training__max_steps=2, evaluation__every=1))
     seen = [line for line in said.splitlines() if line.startswith("at ")]
     assert seen == ["at the optimizers", *["at a step torch._dynamo"] * 2, "at the end torch._dynamo matplotlib"]
+
+
+@pytest.mark.parametrize(("steps", "runs", "expected"), [(2_310, 10, False), (2_320, 10, True), (2_320, 9, False)])
+def test_whether_a_study_is_compiled_is_estimated_for_all_of_its_runs(
+    steps: int, runs: int, expected: bool, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A step takes 25.9 ms, as worked by hand in test_hardware.py, with 886 thousand parameters; 2,315 a minute."""
+    if missing_for_compile():
+        pytest.skip("torch.compile needs a C++ compiler here")
+    monkeypatch.chdir(tmp_path)
+    model = {"n_layers": 4, "d_model": 128, "n_heads": 4, "context_length": 64}
+    data = {"corpus": "text", "path": str(text_file), "tokenizer": "byte", "split": "tail"}
+    training = {"max_steps": steps, "global_batch_size": 12}
+    config = Config.model_validate({"model": model, "data": data, "training": training})
+    assert gains_by_compiling(config, 2, runs) == expected
+
+
+def test_what_is_settled_for_a_study_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+    monkeypatch.setattr("signal.signal", lambda *_: None)
+    monkeypatch.setattr("studies.worker.gains_by_compiling", lambda config, threads, runs: asked.append(runs) or True)
+    study = make_study(tmp_path)
+    assert Worker(study, 1).settled_compile() is True
+    longer = study.model_copy(update={"seeds": [*study.seeds, 99]})
+    assert Worker(longer, 1).settled_compile() is True
+    assert asked == [len(study.points()) * len(study.seeds)]
+    on_gpus = make_study(tmp_path, base={"run": {"dir": str(tmp_path), "device": "cuda"}})
+    assert Worker(on_gpus, 1).settled_compile() is None  # there auto is on
 
 
 class Started:

@@ -11,6 +11,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn, TextIO
 
@@ -56,7 +57,8 @@ class Forked:
     def terminate(self) -> None:
         """Send SIGTERM, unless it has ended."""
         if self.returncode is None:
-            os.kill(self.pid, signal.SIGTERM)
+            with suppress(ProcessLookupError):
+                os.kill(self.pid, signal.SIGTERM)
 
     def wait(self, timeout: float) -> int:
         """The exit code, minus the signal's number if one killed it; raises TimeoutExpired after a while."""

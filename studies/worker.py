@@ -10,6 +10,7 @@ GPUs do not survive a fork. It prints one line for each run that ends.
 from __future__ import annotations
 
 import argparse
+import gc
 import importlib
 import math
 import signal
@@ -27,6 +28,7 @@ from studies.processes import CAN_FORK, ROOT, Forked, fork, gpus, start
 from studies.queue import HEARTBEAT, Queue, Task
 from studies.results import is_finished, metric_value
 from studies.space import Study, read_study
+from studies.storage import patient
 from tracking.run_directory import read_summary, update_summary
 
 # By train.py, by torch.optim when an optimizer is made, and by the pictures; the rest comes with these.
@@ -70,6 +72,7 @@ class Worker:
                 return FINISHED
         return PREEMPTED
 
+    @patient
     def settled_compile(self) -> bool | None:
         """What ``run.compile: auto`` is on CPUs for every run of the study: settled by the first worker, and kept."""
         study, points = self.study, self.study.points()
@@ -173,6 +176,8 @@ def import_what_a_run_imports() -> None:
     import_torch()
     for name in IMPORTED_ON_THE_WAY:
         importlib.import_module(name)
+    gc.collect()
+    gc.freeze()  # else the garbage collector of each run would look through all that is imported, and copy its memory
 
 
 def gains_by_compiling(config: Config, threads: int, runs: int) -> bool:

@@ -69,7 +69,8 @@ class Run(Section):
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """Of matrix products; weights and moments stay in fp32. auto: bf16 on GPUs and CPUs with AVX512-BF16 or AMX."""
     compile: Literal["auto", "on", "off"] = "auto"
-    """torch.compile. auto: on for GPUs, and for runs on CPUs that will take ten minutes or more."""
+    """torch.compile. auto: on for GPUs, and for runs on CPUs that will take ten minutes or more; in a study, for runs
+    of a minute or more that take ten together."""
     threads: Literal["auto"] | Annotated[int, Field(ge=1, le=1024)] = "auto"
     """CPU threads of one process. auto: all cores, shared by the processes of this machine."""
     resume: Literal["auto", "never"] = "auto"

@@ -18,6 +18,7 @@ from program import cores
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 WORTH_COMPILING = 600  # estimated seconds of a run on CPUs: compiling takes 10 to 30 s and saves 2 to 25% of a step
+WORTH_STARTING_COMPILED = 60  # the same for one of many runs: each takes some seconds to find what was compiled before
 OPERATIONS_PER_SECOND = 1e11  # floating-point operations of matrix products that one core does in an estimate
 SECONDS_PER_LAYER = 1e-3  # of each micro-batch, whatever its size: the time in which nothing is computed
 
@@ -141,11 +142,16 @@ def resolve_compile(
     if wanted == "on" and missing:
         raise BadInput(f"run.compile=on needs {missing}; install it (Debian: g++, python3-dev) or use run.compile=off")
     if wanted == "auto":
-        long = estimated_seconds(hardware, config, n_parameters, total_steps) >= WORTH_COMPILING
+        long = worth_compiling(estimated_seconds(hardware, config, n_parameters, total_steps))
         wanted = "on" if kind == "cuda" or (kind == "cpu" and not missing and long) else "off"
     if wanted == "on":  # compiled code, too, would add up gradients in any order
         torch.use_deterministic_algorithms(True, warn_only=True)
     return replace(hardware, compile=wanted == "on")
+
+
+def worth_compiling(seconds: float, runs: int = 1) -> bool:
+    """Whether ``runs`` that share what the first compiles, each of so many ``seconds``, gain by it on CPUs."""
+    return seconds >= WORTH_STARTING_COMPILED and seconds * runs >= WORTH_COMPILING
 
 
 def estimated_seconds(hardware: Hardware, config: Config, n_parameters: int, total_steps: int) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from training.faults import inject_fault
 from training.learner import Learner
 from training.progress import Judgement
 
-SECONDS_BETWEEN_PICTURES = 60.0  # drawing takes half a second, in which all processes wait
+SECONDS_BETWEEN_PICTURES = 30.0  # drawing takes half a second, in which all processes wait
 
 
 class Judge:
@@ -78,9 +79,9 @@ class Judge:
     def draw(self, run: Run, only_if_due: bool = False) -> None:
         """The curves, the reliability diagram and the samples of the run, all made anew, if the disk has room.
 
-        ``only_if_due``: nothing is drawn within a minute of the last drawing.
+        ``only_if_due``: only before a person's terminal, and half a minute after the last drawing.
         """
-        due = time.monotonic() - self.drawn > SECONDS_BETWEEN_PICTURES
+        due = sys.stdout.isatty() and time.monotonic() - self.drawn > SECONDS_BETWEEN_PICTURES
         if not run.hardware.main or (only_if_due and not due):
             return
         records, path = run.records, run.path

@@ -105,19 +105,37 @@ def design(study: Study, results: dict[tuple[str, int], Result] | None = None) -
     return known
 
 
+def forecast(known: Design) -> int:
+    """About how many runs are left until the study is done, if its search finds something to confirm."""
+    study, others = known.study, max(len(known.points) - 1, known.study.trials or 0)
+    sizes = [min(others, size) for size in (others, *further(others))]
+    new = [len(rung) - len(before) for rung, before in zip(study.rungs, [[], *study.rungs], strict=False)]
+    runs = sum((size + 1) * seeds for size, seeds in zip(sizes, new, strict=True))
+    if study.confirm_seeds:
+        runs += 2 * study.confirm_seeds
+        runs += 3 * len(study.tuning_seeds) * len(next(iter(study.tune.values()))) if study.tune else 0
+    done = sum(known.result(*pair).over for pair in known.wanted)
+    return max(runs, len(known.wanted)) - done
+
+
 def search(known: Design) -> bool:
     """Halving; returns whether it is over."""
     study, (baseline, *left) = known.study, known.points
     rungs = study.rungs
     if all(known.result(point, seed).over for point in known.points for seed in study.seeds):
         rungs = rungs[-1:] * 3  # an earlier version ran all points on all seeds: then all of them count
-    for seeds, size in zip(rungs, [len(left), max(2, round(len(left) / 3)), 2], strict=True):
+    for seeds, size in zip(rungs, [len(left), *further(len(left))], strict=True):
         left = left[:size]
         if not known.ask([baseline, *left], seeds):
             return False
         left = known.best(known.values([baseline, *left], seeds), left)
     known.finalists = known.best(known.values([baseline, *left], study.seeds), left, leading=True)
     return True
+
+
+def further(others: int) -> tuple[int, int]:
+    """Of so many points the best third goes on to one more seed, and the best two to another."""
+    return max(2, round(others / 3)), 2
 
 
 def tune(known: Design) -> bool:

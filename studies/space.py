@@ -111,7 +111,9 @@ class Study(Section):
     """A knob and the multiples of its value that are tried for the best points and the baseline alike, so that a gain
     is not that of a learning rate. null: every point keeps its own, and the answer says so."""
     workers: Literal["auto"] | Annotated[int, Field(ge=1, le=1024)] = "auto"
-    """Runs at a time on this machine. auto: one a GPU, or one a core."""
+    """Runs at a time on this machine. auto: one a GPU, or one a core. More than there are GPUs: runs share them."""
+    processes: int = Field(1, ge=1, le=1024)
+    """Processes of each run, started by torchrun; each has a GPU, or its share of the run's cores."""
     storage: str | None = Field(None, pattern=r"^(sqlite:///.|postgresql(\+psycopg)?://.)")
     """Where the queue lives: a database URL. null: a SQLite file in the study's directory."""
     confirm_seeds: int = Field(8, ge=0, le=TUNING_SEEDS - FRESH_SEEDS)

@@ -9,7 +9,7 @@ import yaml
 from config import BadInput
 from studies.knobs import whole
 from studies.space import Range, Study
-from studies.worker import text
+from studies.worker import text, torchrun
 
 
 def sweep_yaml(study: Study) -> str:
@@ -25,13 +25,15 @@ def sweep_yaml(study: Study) -> str:
         parameters[knob] = distribution(knob, side) if isinstance(side, Range) else {"values": side}
     base = [f"--{knob}={text(value)}" for knob, value in study.base_draft.values.items() if knob not in parameters]
     files = [study.base] if isinstance(study.base, str) else study.base if isinstance(study.base, list) else base
+    group = f"--tracking.group={study.name}"
+    launcher = torchrun(study.processes) if study.processes > 1 else []
     sweep: dict[str, Any] = {
         "name": study.name,
         "program": "train.py",
         "method": "bayes" if study.search == "tpe" else "grid",
         "metric": {"name": study.metric, "goal": "minimize" if study.minimize else "maximize"},
         "parameters": parameters,
-        "command": ["${env}", "${interpreter}", "${program}", *files, f"--tracking.group={study.name}", "${args}"],
+        "command": ["${env}", "${interpreter}", *launcher, "${program}", *files, group, "${args}"],
     }
     if study.search == "tpe":
         sweep["run_cap"] = (study.trials or 1) * len(study.seeds)

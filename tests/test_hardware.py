@@ -11,7 +11,7 @@ import torch
 from conftest import ROOT
 
 from config import BadInput, Config
-from hardware import Hardware, estimated_seconds, missing_for_compile, resolve_compile
+from hardware import Hardware, estimated_seconds, missing_for_compile, resolve_compile, worth_compiling
 
 TWO_CORES = Hardware(0, 1, torch.device("cpu"), "fp32", False, 2)
 SIZE = {"n_layers": 4, "d_model": 128, "n_heads": 4, "context_length": 64}
@@ -44,6 +44,12 @@ def test_compiling_is_decided_by_the_length_of_the_run(wanted: str, steps: int, 
     if missing_for_compile():
         pytest.skip("torch.compile needs a C++ compiler here")
     assert resolve_compile(TWO_CORES, small(wanted), stored, 800_000, steps) == replace(TWO_CORES, compile=expected)
+
+
+def test_many_runs_that_share_what_is_compiled_are_worth_it_together() -> None:
+    assert [worth_compiling(60, runs) for runs in (1, 9, 10)] == [False, False, True]
+    assert [worth_compiling(seconds, 1000) for seconds in (1, 59, 60)] == [False, False, True]
+    assert [worth_compiling(seconds) for seconds in (599, 600)] == [False, True]
 
 
 def test_without_a_compiler_nothing_is_compiled_unless_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
 import signal
@@ -10,13 +11,16 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
 import pytest
 from conftest import ROOT, made_up_text
 
+from program import exit_code
 from tracking.metrics import read_metrics
+from train import main
 from training.checkpoint import existing, read_state
 
 Train = Callable[..., subprocess.CompletedProcess[str]]
@@ -162,6 +166,21 @@ def test_a_short_run_draws_its_pictures_once_at_its_end(interrupted: Path, train
     assert not (interrupted / "curves.png").exists()
     assert train(breakable()).returncode == 0
     assert (interrupted / "curves.png").exists() and (interrupted / "reliability.png").exists()
+
+
+@pytest.mark.parametrize(("watched", "pause", "expected"), [(True, -1, 4), (True, 1000, 1), (False, -1, 1)])
+def test_pictures_are_drawn_on_the_way_for_a_person_only(
+    watched: bool, pause: float, expected: int, tiny: Flags, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[Path] = []
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("evaluation.judge.SECONDS_BETWEEN_PICTURES", pause)
+    monkeypatch.setattr("pictures.curves", lambda records, path, *_: drawn.append(path))
+    screen = io.StringIO()
+    monkeypatch.setattr(screen, "isatty", lambda: watched)
+    with redirect_stdout(screen):
+        assert exit_code(main, tiny(training__max_steps=3)) == 0
+    assert len(drawn) == expected
 
 
 @pytest.mark.fault(15)

@@ -45,8 +45,8 @@ def fresh(*values: float) -> dict[int, float]:
 
 
 def test_the_variance_is_that_of_search_and_fresh_seeds_around_their_own_means() -> None:
-    """Search differences -3, -1 (squares 2), fresh -1, -2, -3 (squares 2): variance 4/3 with 3 degrees."""
-    search = {"base": runs(10, 10), "good": runs(7, 9)}
+    """Search differences -5, -3 (squares 2), fresh -1, -2, -3 (squares 2): variance 4/3 with 3 degrees."""
+    search = {"base": runs(10, 10), "good": runs(5, 7)}
     found = decide(search, {"base": fresh(10, 20, 30), "good": fresh(9, 18, 27)}, "base")
     assert (found.point, found.difference, found.seeds, found.degrees) == ("good", -2.0, 3, 3)
     assert found.sd == pytest.approx(math.sqrt(4 / 3))

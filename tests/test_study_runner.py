@@ -79,6 +79,12 @@ def processes(words: str) -> dict[int, tuple[int, str]]:
     return {int(row[0]): (int(row[1]), row[3]) for row in rows if words in row[3] and "Z" not in row[2]}
 
 
+def runs_and_workers(directory: Path) -> dict[int, int]:
+    """Run -> its worker, of all forked runs of the studies in ``directory``: a forked run keeps its worker's words."""
+    workers = processes(f"studies.worker {directory}")
+    return {pid: parent for pid, (parent, _) in workers.items() if parent in workers}
+
+
 def wait_for(what: str, condition: Any, patience: float = PATIENCE) -> None:
     end = time.monotonic() + patience
     while not condition():
@@ -98,17 +104,16 @@ def kill_one_of_four(path: Path, commands: int) -> None:
     study["base"]["run"]["dir"] = str(path.parent / "runs")  # so that its processes are known by their words
     path.write_text(yaml.safe_dump(study, sort_keys=False))
     names = [f"{point}-seed{seed}" for point in ("baseline", "weight_decay=1") for seed in range(study["seeds"])]
-    tag = f"--run.dir={path.parent}"
     flags = ["--workers", str(4 // commands)]
     started = {command.pid: command for command in (start(path, *flags) for _ in range(commands))}
-    wait_for("a run", lambda: any(tag in line for _, line in processes("train.py").values()))
-    time.sleep(random.uniform(0, 4))
-    ours = {pid: parent for pid, (parent, line) in processes("train.py").items() if tag in line}
-    child, worker = random.choice(list(ours.items()))
-    command, words = processes("studies.worker")[worker]
-    assert "studies.worker" in words and command in started
+    ours: dict[int, int] = {}
+    wait_for("a run", lambda: ours.update(runs_and_workers(path.parent)) or ours)
+    time.sleep(random.uniform(0, 1))
+    child, worker = random.choice(list((runs_and_workers(path.parent) or ours).items()))
+    command, _ = processes("studies.worker")[worker]
+    assert command in started
     os.kill(worker, signal.SIGKILL)
-    wait_for("the run of the killed worker to end", lambda: child not in processes("train.py"))
+    wait_for("the run of the killed worker to end", lambda: child not in processes("studies.worker"))
     codes = {pid: process.wait(PATIENCE) for pid, process in started.items()}
     if commands > 1:  # the command whose only worker is dead cannot go on
         assert codes.pop(command) == 4, said(path)

@@ -52,11 +52,15 @@ def main(arguments: list[str]) -> int:
         if name == "run":
             how = "runs at a time on this machine; instead of what the study file says"
             action.add_argument("--workers", metavar="N", help=how)
+        if name in ("run", "sweep"):
+            how = "processes of each run, started by torchrun; instead of what the study file says"
+            action.add_argument("--processes", metavar="N", help=how)
     add_judge(actions, plain)
     options = parser.parse_args(arguments)
     if options.action == "judge":
         return judge(options)
-    study = read_study(options.study, workers=getattr(options, "workers", None))
+    changes = {name: getattr(options, name, None) for name in ("workers", "processes")}
+    study = read_study(options.study, **changes)
 
     if options.action == "sweep":
         from studies.sweep import sweep_yaml

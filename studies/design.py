@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from statistics import fmean
 
 from studies.decision import Values, compare
-from studies.results import Result, read_result
+from studies.results import Result, is_finished, read_result
 from studies.space import Point, Study
 
 MOST_EXTENSIONS = 3  # of the multiples that are tried, when the best of one contender lies at the edge
@@ -114,8 +114,8 @@ def forecast(known: Design) -> int:
     if study.confirm_seeds:
         runs += 2 * study.confirm_seeds
         runs += 3 * len(study.tuning_seeds) * len(next(iter(study.tune.values()))) if study.tune else 0
-    done = sum(known.result(*pair).over for pair in known.wanted)
-    return max(runs, len(known.wanted)) - done
+    done = sum(is_finished(path.parent) for path in study.directory.glob("*-seed*/summary.json"))
+    return max(runs - done, sum(not known.result(*pair).over for pair in known.wanted))
 
 
 def search(known: Design) -> bool:

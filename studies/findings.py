@@ -366,7 +366,7 @@ def edges(findings: Findings) -> list[str]:
     chosen = settings(findings)
     for knob, value in chosen[best.name].items():
         tried = {values[knob] for values in chosen.values() if is_number(values[knob]) and values[knob]}
-        if is_number(value) and value and len(tried) > 1 and value in (min(tried), max(tried)):
+        if is_number(value) and value and len(tried) > 2 and value in (min(tried), max(tried)):
             way, beyond = ("largest", "larger") if value == max(tried) else ("smallest", "smaller")
             lines.append(f"{short(knob)}={value:g} is the {way} value tried; the best may be {beyond}")
     for name, multiple in findings.design.chosen.items():

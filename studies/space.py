@@ -239,8 +239,6 @@ class Study(Section):
         found = []
         if not self.confirm_seeds:
             found.append("confirm_seeds is 0: without fresh seeds the study explores, and nothing can be claimed")
-        if self.tune is None and self.confirm_seeds:
-            found.append("tune is off: every point keeps its learning rate, which may suit one better than another")
         stops = "regularizers.early_stopping_patience"
         if stops in varied and not self.metric.startswith("best "):
             found.append(f"what early stopping keeps is the best evaluation; use metric: best {self.metric}")
@@ -378,8 +376,8 @@ class Study(Section):
         return found
 
 
-def read_study(path: str, workers: str | None = None) -> Study:
-    """The study that the file at ``path`` describes, with other ``workers`` if they are given.
+def read_study(path: str, **changes: str | None) -> Study:
+    """The study that the file at ``path`` describes, with ``changes`` (workers, processes) where they are given.
 
     Raises BadInput with all mistakes in it at once.
     """
@@ -387,7 +385,7 @@ def read_study(path: str, workers: str | None = None) -> Study:
     if not isinstance(content, dict):
         raise BadInput(f"{path} must hold 'name:', 'base:', 'space:', 'seeds:' and so on; see configs/studies")
     mistakes: list[str] = []
-    content |= {"workers": workers} if workers is not None else {}
+    content |= {name: value for name, value in changes.items() if value is not None}
     study = _validated(content, mistakes)
     if study is not None:
         mistakes += study.checked_points[1]

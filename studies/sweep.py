@@ -31,7 +31,7 @@ def sweep_yaml(study: Study) -> str:
         "name": study.name,
         "program": "train.py",
         "method": "bayes" if study.search == "tpe" else "grid",
-        "metric": {"name": study.metric, "goal": "minimize" if study.minimize else "maximize"},
+        "metric": {"name": study.metric.removeprefix("best "), "goal": "minimize" if study.minimize else "maximize"},
         "parameters": parameters,
         "command": ["${env}", "${interpreter}", *launcher, "${program}", *files, group, "${args}"],
     }

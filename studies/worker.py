@@ -24,7 +24,7 @@ import yaml
 from config import BadInput, Config
 from files import is_locked
 from program import FINISHED, PREEMPTED, import_torch, run
-from studies.design import design
+from studies.design import design, forecast
 from studies.processes import CAN_FORK, ROOT, Forked, fork, gpus, start
 from studies.queue import HEARTBEAT, Queue, Task
 from studies.results import is_finished, metric_value
@@ -100,8 +100,7 @@ class Worker:
         with self.queue.alone():
             settled: bool | None = self.queue.shared.user_attrs.get("compile")
             if settled is None:
-                runs = max(len(points), 1 + (study.trials or 0)) * len(study.seeds)
-                settled = gains_by_compiling(config, self.threads, runs)
+                settled = gains_by_compiling(config, self.threads, forecast(design(study)))
                 self.queue.shared.set_user_attr("compile", settled)
         return settled
 

@@ -25,7 +25,8 @@ def go_on(study: Study, effects: dict[str, float], failing: tuple[str, int] | No
     """Finish what is wanted; the point's effect counts, and what the multiple of its learning rate adds."""
     known = design(study)
     for point, seed in known.wanted:
-        end = 4.0 + 0.01 * seed + effects.get(point.name, effects.get(point.origin or "", 0.0))
+        bit = 0.0 if point.name.startswith("baseline") else 1e-4 * int(point.name.split(",")[0][1:])
+        end = 4.0 + 0.01 * seed + effects.get(point.name, effects.get(point.origin or "", 0.0)) + bit
         if (point.name, seed) == failing:
             write_run(study, point, seed, math.nan)
         elif not study.run_directory(point, seed).exists():
@@ -67,9 +68,9 @@ def test_a_stage_chooses_by_its_own_seeds(tmp_path: Path) -> None:
     """What a point did on later seeds, where it is there already, does not change who goes on."""
     study = eleven_points(tmp_path)
     go_on(study, EFFECTS)
-    late = study.points()[1]
     for seed in (2, 3):
-        write_run(study, late, seed, 1.0)
+        write_run(study, study.points()[0], seed, 4.0)
+        write_run(study, study.points()[1], seed, 1.0)
     assert asked(design(study))["p1"] == [0, 1]
 
 
@@ -102,11 +103,11 @@ def test_contenders_are_tuned_alike_on_seeds_of_their_own_and_further_at_an_edge
 
 def test_a_rate_at_which_a_run_fails_is_not_chosen(tmp_path: Path) -> None:
     study = eleven_points(tmp_path, tune={"lr": [0.5, 1, 2]})
-    effects = EFFECTS | {f"{GOOD},lr=0.004": -0.9, f"{GOOD},lr=0.001": 0.0, f"{NEXT},lr=0.001": 0.0}
+    effects = EFFECTS | {f"{GOOD},lr=0.001": -0.9, f"{GOOD},lr=0.004": 0.0, f"{NEXT},lr=0.001": 0.0}
     effects |= {f"{NEXT},lr=0.004": 0.0, "baseline,lr=0.001": 0.1, "baseline,lr=0.004": 0.1}
     for _ in range(3):
         known = go_on(study, effects)
-    known = go_on(study, effects, failing=(f"{GOOD},lr=0.004", 2001))
+    known = go_on(study, effects, failing=(f"{GOOD},lr=0.001", 2001))
     assert known.stage == "fresh" and known.chosen == {"baseline": 1, GOOD: 1, NEXT: 1} and known.tried == [0.5, 1, 2]
 
 

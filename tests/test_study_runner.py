@@ -284,6 +284,6 @@ def test_a_storage_that_is_not_there_is_told(tmp_path: Path) -> None:
     assert code == 2 and "cannot open the storage" in words and "Traceback" not in words, words
     assert "secret" not in words
     code, words = finish(path, action="status")  # reads the runs' directories only
-    assert code == 0 and "4 waiting" in words, words
+    assert code == 0 and "2 waiting" in words, words
     code, words = finish(path, action="report")
     assert code == 2 and "no run of study s is finished" in words and "Traceback" not in words, words

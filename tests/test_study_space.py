@@ -89,7 +89,6 @@ def test_seeds() -> None:
 
 def test_tuning_is_on_unless_it_is_put_off() -> None:
     assert study().tune == {"optimizer.lr": [0.5, 1, 2]} and study(tune=False).tune is None is study(tune=None).tune
-    assert "keeps its learning rate" in study(tune=None).warnings()[0]
     of = study(tune={"lr": [0.1, 1, 10]}, baseline={"residual_dropout": 0.1})
     assert of.tuned(of.points()[0], 1) is of.points()[0]
     tuned = of.tuned(of.points()[0], 0.1)

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -48,18 +49,7 @@ def run_study(study: Study) -> int:
     print(f"{number} points on {len(study.rungs[0])} seeds, the best on more", flush=True)
     for warning in study.warnings():
         warn(warning)
-    check_runs(study, design(study).wanted)
-    sources = [study.config(point, 0).data for point in points]
-    for data in {source.model_dump_json(): source for source in sources}.values():
-        prepare(data)  # once, not by every worker
-    queue = Queue(study)
-    file = study.directory / "study.yaml"
-    shown, password = without_password(storage_url(study))
-    # Others may read the file: the workers get the password by their environment.
-    stored = study.resolved() | ({"storage": shown} if study.storage else {})
-    write_text(file, yaml.safe_dump(stored, sort_keys=False, allow_unicode=True))
-
-    crew = Crew(study, file, {} if password is None else {"PGPASSWORD": password})
+    queue, crew = begin(study, design(study).wanted)
     tried: set[Any] = set()  # by this command: what failed, or has nobody left to do it, is tried once
     while not crew.told_to_stop:
         known = design(study)
@@ -74,20 +64,53 @@ def run_study(study: Study) -> int:
         print(STAGES[known.stage].format(winner=known.winner.name if known.winner else ""), flush=True)
         # A point that is not chosen yet has no run that could be unfinished.
         crew.work(len(todo) + searches.count(None) * len(study.rungs[0]))
+    return outcome(crew, lambda: design(study).wanted)
+
+
+def run_pairs(study: Study, pairs: list[tuple[Point, int]]) -> int:
+    """Runs beside the study's stages (pilots, other amounts of text), as far as they are not finished; the exit code.
+
+    Raises BadInput as run_study does.
+    """
+    queue, crew = begin(study, pairs)
+    left = unfinished(study, pairs)
+    queue.fill(left)
+    crew.work(len(left))
+    return outcome(crew, lambda: pairs)
+
+
+def begin(study: Study, pairs: list[tuple[Point, int]]) -> tuple[Queue, Crew]:
+    """What stands before any run: configs checked, corpora prepared, the study written down for the workers."""
+    points = {point.name: point for point, _ in pairs}
+    sources = [study.config(point, 0).data for point in points.values()]
+    check_runs(study, pairs)
+    for data in {source.model_dump_json(): source for source in sources}.values():
+        prepare(data)  # once, not by every worker
+    queue = Queue(study)
+    file = study.directory / "study.yaml"
+    shown, password = without_password(storage_url(study))
+    # Others may read the file: the workers get the password by their environment.
+    stored = study.resolved() | ({"storage": shown} if study.storage else {})
+    write_text(file, yaml.safe_dump(stored, sort_keys=False, allow_unicode=True))
+    return queue, Crew(study, file, {} if password is None else {"PGPASSWORD": password})
+
+
+def outcome(crew: Crew, wanted: Callable[[], list[tuple[Point, int]]]) -> int:
+    """The exit code, once the workers are done; what is not finished is told."""
     if crew.told_to_stop:
         print("stopped; the same command goes on from here", flush=True)
         return PREEMPTED
-    missing = unfinished(design(study))
+    missing = unfinished(crew.study, wanted())
     for point, seed in missing[:SHOWN]:
-        warn(f"{point.name} seed {seed} is not finished; see {study.run_directory(point, seed) / 'train.log'}")
+        warn(f"{point.name} seed {seed} is not finished; see {crew.study.run_directory(point, seed) / 'train.log'}")
     if missing:
         warn(f"{len(missing)} runs are not finished; the same command goes on with them")
     return FAILED if missing else FINISHED
 
 
-def unfinished(known: Design) -> list[tuple[Point, int]]:
-    """What is wanted and not finished."""
-    return [(point, seed) for point, seed in known.wanted if not is_finished(known.study.run_directory(point, seed))]
+def unfinished(study: Study, pairs: list[tuple[Point, int]]) -> list[tuple[Point, int]]:
+    """Those of the runs that are not finished."""
+    return [(point, seed) for point, seed in pairs if not is_finished(study.run_directory(point, seed))]
 
 
 def runs_to_start(known: Design, searching: bool) -> list[tuple[Point, int]]:
@@ -95,7 +118,7 @@ def runs_to_start(known: Design, searching: bool) -> list[tuple[Point, int]]:
 
     ``searching``: whether points are still being found, before which none goes on to more seeds.
     """
-    left = [pair for pair in unfinished(known) if not searching or pair[1] in known.study.rungs[0]]
+    left = [pair for pair in unfinished(known.study, known.wanted) if not searching or pair[1] in known.study.rungs[0]]
     return [pair for pair in left if known.result(*pair).over] or left
 
 

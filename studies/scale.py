@@ -287,11 +287,10 @@ def sentences(findings: Findings, found: Worth, trends: Mapping[str, Trend], bas
     told = found.words()
     lines = [f"At {at:,} tokens {name} {told}." if told else f"What {name} is worth in text cannot be told."]
     for what, one in trends.items():
-        whole = f"the gain as {'the text' if what == 'tokens' else 'd_model'} grows"
         told = f"{one.first:+.4f} at the smallest and {one.last:+.4f} at the largest, {one.slope:+.4f} a doubling"
         told += f" (95% interval {one.low:+.4f} to {one.high:+.4f})"
-        start = f"Where {whole} goes cannot be told" if one.word == "cannot be told" else f"It {one.word}, {whole}"
-        lines.append(f"{start}: {told}.")
+        goes = "whether the gain lasts cannot be told" if one.word == "cannot be told" else f"the gain {one.word}"
+        lines.append(f"As {'the text' if what == 'tokens' else 'd_model'} grows {goes}: {told}.")
     beyond = f"so that nothing is told beyond {sizes[-1]:,} tokens"
     tested = f"{found.why_not}, {beyond}" if found.why_not else "the curve fitted without the largest amount meets it"
     claimed = "" if findings.claimed else " The study itself does not claim that this point is better."

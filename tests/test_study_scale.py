@@ -14,6 +14,7 @@ from test_study_plan import killed_and_gone_on_with, tiny_base
 
 from config import BadInput
 from studies import scale as scaling
+from studies.queue import Queue
 from studies.scale import Losses, curve, scale, trend, worth
 from studies.space import SCALE_SEEDS, Scale, Study
 
@@ -153,7 +154,7 @@ def test_the_command_says_what_the_winner_is_worth(
     said = capsys.readouterr().out
     assert "baseline at 1,500, 3,000, 6,000, 12,000 tokens" in said
     assert "At 6,000 tokens weight_decay=1 equals 1.2 times the text (95% interval 1.2 to 1.2)." in said, said
-    assert "It holds, the gain as the text grows" in said and "It shrinks, the gain as d_model grows" in said
+    assert "As the text grows the gain holds: +0.1000" in said and "As d_model grows the gain shrinks: " in said
     assert "does not claim" not in said
     stored = json.loads(
         (study.directory / "scale.json").read_text(), parse_constant=lambda what: pytest.fail(f"{what} is no JSON")
@@ -173,6 +174,18 @@ def test_what_cannot_be_scaled_is_refused(tmp_path: Path, monkeypatch: pytest.Mo
         scale(scaled_study(tmp_path / "all", base=tiny_base(tmp_path / "all")))
     with pytest.raises(ValueError, match="must be at least two values, ascending"):
         Scale(train_tokens=[3000, 2000, 1000])
+
+
+def test_the_queue_knows_of_which_point_a_tuned_and_scaled_one_is(tmp_path: Path) -> None:
+    study = make_study(tmp_path, tune={"optimizer.lr": [0.5, 1.0, 2.0]})
+    point = study.points()[1]
+    scaled = study.variation(study.tuned(point, 2.0), {"data.train_tokens": 5000})
+    assert scaled.origin == point.name
+    queue = Queue(study)
+    queue.fill([(scaled, SCALE_SEEDS)])
+    queue.fill([])  # as another command does, which takes out what is none of the study's
+    task = queue.claim()
+    assert task is not None and task.point == scaled and task.seeds == [SCALE_SEEDS]
 
 
 def test_nothing_to_scale_is_said(tmp_path: Path) -> None:

@@ -403,3 +403,24 @@ def dose_response(knobs: dict[str, list[dict[str, Any]]], unit: str, narrow: boo
     panels[0].set_ylim(_ends([value for doses in knobs.values() for dose in doses for value in dose["seeds"]], [0.0]))
     figure.supylabel(f"difference to the baseline, {unit}", fontsize=9)
     return figure
+
+
+def scaling(sides: dict[str, dict[str, Any]], unit: str) -> Any:
+    """Loss over the amount of text: each side's ``values`` (sizes, seeds) at ``sizes``, its curve and its ``band``."""
+    figure, (panel,) = _panels(7.4, 3.9, 1)
+    for (name, side), color in zip(sides.items(), ("black", GOOD), strict=True):
+        tokens, mean, band = side["tokens"], side["mean"], side["band"]
+        panel.fill_between(tokens, mean - band, mean + band, color=color, alpha=0.12, linewidth=0)
+        panel.plot(tokens, mean, "--" if color == "black" else "-", color=color, linewidth=1.8, label=_label(name))
+        for runs in side["values"].T:
+            panel.plot(side["sizes"], runs, "o", color=color, markersize=4, alpha=0.4)
+    values = [value for side in sides.values() for value in side["values"].flat]
+    pad = 0.15 * (max(values) - min(values)) + 1e-9
+    panel.set_ylim(min(values) - pad, max(values) + pad)
+    panel.set_xscale("log")
+    sizes = next(iter(sides.values()))["sizes"]
+    panel.set_xticks(sizes, [f"{size:,.0f}" for size in sizes], minor=False)
+    panel.minorticks_off()
+    panel.set(xlabel="training tokens", ylabel=unit)
+    panel.legend(frameon=False)
+    return figure

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,12 +23,15 @@ from typing import Any
 from config import BadInput
 from program import FINISHED, PREEMPTED, run
 from studies.results import is_finished
-from studies.space import read_study
+from studies.space import PILOT_SEEDS, SCALE_SEEDS, Study, read_study
 
 ACTIONS = {
     "run": "train what is not finished, then write the report",
     "status": "what is finished, running, failed and waiting",
     "report": "write the report of what is finished",
+    "plan": "before the runs: a pilot, the power, the cost, and a registration of what the study is to be",
+    "card": "what was asked and found, and how sure, as JSON",
+    "scale": "what the winner is worth in text: it and the baseline on several amounts of it",
     "sweep": "print the study as a W&B sweep, for those who prefer its agents",
 }
 JUDGE = """Say whether one group of runs is better than another, by how much and how sure, from runs of any origin.
@@ -41,37 +45,42 @@ than the one before, so that all together are wrong in at most 5%. The same numb
 """
 
 
-def main(arguments: list[str]) -> int:
-    """Do what is asked with the study."""
+def command_line() -> argparse.ArgumentParser:
+    """The actions and their options."""
     plain = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser("python -m scripts.study", description=__doc__, formatter_class=plain)
     actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
+    instead = "instead of what the study file says"
     for name, what in ACTIONS.items():
         action = actions.add_parser(name, help=what, description=what)
         action.add_argument("study", metavar="STUDY.yaml", help="a study file; configs/studies has examples")
-        if name == "run":
-            how = "runs at a time on this machine; instead of what the study file says"
-            action.add_argument("--workers", metavar="N", help=how)
-        if name in ("run", "sweep"):
-            how = "processes of each run, started by torchrun; instead of what the study file says"
-            action.add_argument("--processes", metavar="N", help=how)
+        if name == "plan":
+            action.add_argument("--pilot", type=pairs, default=2, metavar="N", help="pilot pairs; 0: register only")
+            which = "what the pilot compares with the baseline; else the last"
+            action.add_argument("--point", metavar="NAME", help=which)
+            action.add_argument("--effects", type=numbers, metavar="X,Y", help="true gains whose power is shown")
+        if name in ("run", "plan", "scale"):
+            action.add_argument("--workers", metavar="N", help=f"runs at a time on this machine; {instead}")
+        if name in ("run", "plan", "scale", "sweep"):
+            action.add_argument("--processes", metavar="N", help=f"processes of each run, by torchrun; {instead}")
     add_judge(actions, plain)
-    options = parser.parse_args(arguments)
+    return parser
+
+
+def main(arguments: list[str]) -> int:
+    """Do what is asked."""
+    options = command_line().parse_args(arguments)
     if options.action == "judge":
         return judge(options)
     changes = {name: getattr(options, name, None) for name in ("workers", "processes")}
     study = read_study(options.study, **changes)
+    if options.action in ("run", "report"):
+        return run_and_report(study, options)
+    return beside(study, options)
 
-    if options.action == "sweep":
-        from studies.sweep import sweep_yaml
 
-        print(sweep_yaml(study), end="")
-        return FINISHED
-    if options.action == "status":
-        from studies.status import status_lines
-
-        print("\n".join(status_lines(study)))
-        return FINISHED
+def run_and_report(study: Study, options: argparse.Namespace) -> int:
+    """The study's runs, if they are asked for, and its report."""
     code = FINISHED
     if options.action == "run":
         from studies.runner import run_study
@@ -88,6 +97,31 @@ def main(arguments: list[str]) -> int:
         path, lines = write_report(study)
         print("\n".join(["", *lines, "", f"report            {path}"]))
     return code
+
+
+def beside(study: Study, options: argparse.Namespace) -> int:
+    """What goes before a study's runs, beside them, and after them. Each imports what it needs alone."""
+    if options.action == "plan":
+        from studies.plan import plan
+
+        return plan(study, options.pilot, options.point, options.effects)
+    if options.action == "scale":
+        from studies.scale import scale
+
+        return scale(study)
+    if options.action == "card":
+        from studies.plan import card
+
+        print(card(study))
+    elif options.action == "status":
+        from studies.status import status_lines
+
+        print("\n".join(status_lines(study)))
+    else:
+        from studies.sweep import sweep_yaml
+
+        print(sweep_yaml(study), end="")
+    return FINISHED
 
 
 def add_judge(actions: Any, plain: type[argparse.HelpFormatter]) -> None:
@@ -121,6 +155,22 @@ def judge(options: argparse.Namespace) -> int:
     else:
         print(referee.text_of(case, verdict, look))
     return referee.EXIT_CODES[verdict.word]
+
+
+def numbers(text: str) -> list[float]:
+    """Positive numbers with commas between them."""
+    found = [float(part) for part in text.split(",")]
+    if not all(0 < number < math.inf for number in found):
+        raise ValueError
+    return found
+
+
+def pairs(text: str) -> int:
+    """A number of pilot pairs."""
+    count = int(text)
+    if not 0 <= count <= SCALE_SEEDS - PILOT_SEEDS:
+        raise ValueError
+    return count
 
 
 if __name__ == "__main__":

@@ -105,17 +105,24 @@ def design(study: Study, results: dict[tuple[str, int], Result] | None = None) -
     return known
 
 
-def forecast(known: Design) -> int:
-    """About how many runs are left until the study is done, if its search finds something to confirm."""
-    study, others = known.study, max(len(known.points) - 1, known.study.trials or 0)
+def runs_of(study: Study, others: int) -> dict[str, int]:
+    """Runs of each stage with so many points besides the baseline, if one leads and no rate does best at an edge."""
+    others = study.trials or others
     sizes = [min(others, size) for size in (others, *further(others))]
     new = [len(rung) - len(before) for rung, before in zip(study.rungs, [[], *study.rungs], strict=False)]
-    runs = sum((size + 1) * seeds for size, seeds in zip(sizes, new, strict=True))
-    if study.confirm_seeds:
-        runs += 2 * study.confirm_seeds
-        runs += 3 * len(study.tuning_seeds) * len(next(iter(study.tune.values()))) if study.tune else 0
-    done = sum(is_finished(path.parent) for path in study.directory.glob("*-seed*/summary.json"))
-    return max(runs - done, sum(not known.result(*pair).over for pair in known.wanted))
+    tried = len(next(iter(study.tune.values()))) if study.tune and study.confirm_seeds else 0
+    return {
+        "search": sum((1 + size) * seeds for size, seeds in zip(sizes, new, strict=True)),
+        "tuning": (1 + min(2, others)) * tried * len(study.tuning_seeds),
+        "fresh": 2 * study.confirm_seeds,
+    }
+
+
+def forecast(known: Design) -> int:
+    """About how many runs are left until the study is done, if its search finds something to confirm."""
+    done = sum(is_finished(path.parent) for path in known.study.directory.glob("*-seed*/summary.json"))
+    left = sum(runs_of(known.study, len(known.points) - 1).values()) - done
+    return max(left, sum(not known.result(*pair).over for pair in known.wanted))
 
 
 def search(known: Design) -> bool:

@@ -5,6 +5,8 @@ Any number of these, on one machine or on several that share the runs' directory
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import yaml
 
 from config import BadInput
@@ -12,7 +14,7 @@ from data.prepare import prepare
 from files import write_text
 from program import FAILED, FINISHED, PREEMPTED, warn
 from studies.crew import Crew
-from studies.design import Design, design, forecast
+from studies.design import design, forecast
 from studies.queue import Queue
 from studies.results import is_finished
 from studies.space import Point, Study
@@ -33,8 +35,32 @@ def run_study(study: Study) -> int:
     print(f"{number} points on {len(study.rungs[0])} seeds, the best on more", flush=True)
     for warning in study.warnings():
         warn(warning)
-    check_runs(study, design(study).wanted)
-    sources = [study.config(point, 0).data for point in points]
+    queue, crew = begin(study, design(study).wanted, stages=True)
+    known = design(study)
+    left = unfinished(study, known.wanted)
+    # What failed before is tried again first and alone, since the stages after it depend on it.
+    queue.fill([pair for pair in left if known.result(*pair).over] or left, study.trials or 0)
+    crew.work(forecast(known) if left or queue.searching() else 0)
+    return outcome(crew, lambda: design(study).wanted)
+
+
+def run_pairs(study: Study, pairs: list[tuple[Point, int]]) -> int:
+    """Runs beside the study's stages (pilots, other amounts of text), as far as they are not finished; the exit code.
+
+    Raises BadInput as run_study does.
+    """
+    queue, crew = begin(study, pairs)
+    left = unfinished(study, pairs)
+    queue.fill(left)
+    crew.work(len(left))
+    return outcome(crew, lambda: pairs)
+
+
+def begin(study: Study, pairs: list[tuple[Point, int]], stages: bool = False) -> tuple[Queue, Crew]:
+    """What stands before any run: configs checked, corpora prepared, the study written down for the workers."""
+    points = {point.name: point for point, _ in pairs}
+    sources = [study.config(point, 0).data for point in points.values()]
+    check_runs(study, pairs)
     for data in {source.model_dump_json(): source for source in sources}.values():
         prepare(data)  # once, not by every worker
     queue = Queue(study)
@@ -43,27 +69,25 @@ def run_study(study: Study) -> int:
     # Others may read the file: the workers get the password by their environment.
     stored = study.resolved() | ({"storage": shown} if study.storage else {})
     write_text(file, yaml.safe_dump(stored, sort_keys=False, allow_unicode=True))
+    return queue, Crew(study, file, {} if password is None else {"PGPASSWORD": password}, stages)
 
-    crew = Crew(study, file, {} if password is None else {"PGPASSWORD": password}, stages=True)
-    known = design(study)
-    left = unfinished(known)
-    # What failed before is tried again first and alone, since the stages after it depend on it.
-    queue.fill([pair for pair in left if known.result(*pair).over] or left, study.trials or 0)
-    crew.work(forecast(known) if left or queue.searching() else 0)
+
+def outcome(crew: Crew, wanted: Callable[[], list[tuple[Point, int]]]) -> int:
+    """The exit code, once the workers are done; what is not finished is told."""
     if crew.told_to_stop:
         print("stopped; the same command goes on from here", flush=True)
         return PREEMPTED
-    missing = unfinished(design(study))
+    missing = unfinished(crew.study, wanted())
     for point, seed in missing[:SHOWN]:
-        warn(f"{point.name} seed {seed} is not finished; see {study.run_directory(point, seed) / 'train.log'}")
+        warn(f"{point.name} seed {seed} is not finished; see {crew.study.run_directory(point, seed) / 'train.log'}")
     if missing:
         warn(f"{len(missing)} runs are not finished; the same command goes on with them")
     return FAILED if missing else FINISHED
 
 
-def unfinished(known: Design) -> list[tuple[Point, int]]:
-    """What is wanted and not finished."""
-    return [(point, seed) for point, seed in known.wanted if not is_finished(known.study.run_directory(point, seed))]
+def unfinished(study: Study, pairs: list[tuple[Point, int]]) -> list[tuple[Point, int]]:
+    """Those of the runs that are not finished."""
+    return [(point, seed) for point, seed in pairs if not is_finished(study.run_directory(point, seed))]
 
 
 def check_runs(study: Study, wanted: list[tuple[Point, int]]) -> None:

@@ -86,6 +86,25 @@ class Range(Section):
         return self
 
 
+class Scale(Section):
+    """What ``study scale`` runs the winner and the baseline on."""
+
+    train_tokens: list[Annotated[int, Field(ge=2)]] | None = Field(None, min_length=3)
+    """Values of data.train_tokens. null: a quarter, half and all of the base's, and twice it if there is as much text.
+    The base's own is always among them."""
+    seeds: int = Field(3, ge=2, le=1000)
+    """How many; an interval from three is three times as wide as one from eight."""
+    widths: list[Annotated[int, Field(ge=1)]] = Field([])
+    """Values of model.d_model, at the base's amount of text."""
+
+    @field_validator("train_tokens", "widths")
+    @classmethod
+    def _ascending(cls, value: list[int] | None) -> list[int] | None:
+        if value and (sorted(set(value)) != value or len(value) < 2):
+            raise ValueError("must be at least two values, ascending")
+        return value
+
+
 class Study(Section):
     """What a study file holds."""
 
@@ -118,6 +137,8 @@ class Study(Section):
     """Where the queue lives: a database URL. null: a SQLite file in the study's directory."""
     confirm_seeds: int = Field(8, ge=0, le=TUNING_SEEDS - FRESH_SEEDS)
     """Fresh seeds on which the winner and the baseline are run again; only from these is a gain claimed."""
+    scale: Scale = Scale()
+    """For ``study scale``: train_tokens, seeds, widths."""
 
     @field_validator("seeds", mode="before")
     @classmethod
@@ -222,7 +243,7 @@ class Study(Section):
 
     def variation(self, point: Point, knobs: dict[str, Any]) -> Point:
         """The point with other knobs on top, named after it."""
-        return Point(name_of(knobs, point.name), point.knobs | knobs, origin=point.name)
+        return Point(name_of(knobs, point.name), point.knobs | knobs, origin=point.origin or point.name)
 
     def ranges(self) -> dict[str, Range | list[Any]]:
         """grid, tpe: full name of each knob -> its values, or between which they are chosen."""

@@ -10,7 +10,7 @@ from config import BadInput, Config
 from studies import decision as deciding
 from studies.decision import Decision, Difference
 from studies.design import Design, design
-from studies.record import look
+from studies.record import deviations, look
 from studies.results import Result
 from studies.space import Point, Study
 
@@ -332,6 +332,7 @@ def cautions(findings: Findings) -> list[str]:
     unchanged = [short(row.point) for row in findings.rows if row.unchanged]
     if unchanged:
         lines.append(f"changed nothing, to the last digit of {study.metric}: {'; '.join(unchanged)}")
+    lines += [f"not as registered: {line}" for line in deviations(study)]
     lines += [*edges(findings), *far_off(findings)]
     if findings.claimed and (factor := deciding.exaggeration(findings.decision)) and factor >= 1.05:
         lines.append(

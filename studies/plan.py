@@ -7,34 +7,27 @@ another way.
 
 from __future__ import annotations
 
-import datetime
 import json
 import math
-import re
 from collections.abc import Iterable
-from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
 from scipy import stats
 
 import files
-from config import BadInput, Config
-from data.prepare import prepare
-from data.shards import Corpus
+from config import BadInput
 from program import FAILED, FINISHED, cores, warn
 from studies import decision, processes
 from studies.design import runs_of
 from studies.findings import UNITS, answer, cautions, find
-from studies.queue import as_stored
+from studies.record import begun, deviations, register, registration
 from studies.results import Result, read_result
 from studies.runner import run_pairs
 from studies.space import N_TUNING_SEEDS, PILOT_SEEDS, Point, Study
-from tracking.run_directory import git_commit, is_free, read_summary
 
 SEEDS = (4, 8, 16, 32)  # for which power is shown, besides the study's own
 MULTIPLES = (0.5, 1.0, 2.0)  # of the spread: the effects for which it is shown
-REGISTERED = ("name", "points", "base", "metric", "seeds", "confirm_seeds", "tune", "alpha")
 
 
 def plan(study: Study, pilot: int, name: str | None = None, effects: list[float] | None = None) -> int:
@@ -152,93 +145,6 @@ def seconds_of(run: Result) -> float:
     lock, summary = run.directory / "lock", run.directory / "summary.json"
     span = summary.stat().st_mtime - lock.stat().st_mtime if lock.exists() and summary.exists() else 0.0
     return max(span, run.number("seconds") or 0.0)
-
-
-# ---------------------------------------------------------------------------------------------- registration
-
-
-def register(study: Study, file: Path) -> Path:
-    """Write down what the study is to be."""
-    corpora = {Corpus.open(prepare(study.config(point, 0).data), verify=False).fingerprint for point in study.points()}
-    commit = git_commit()
-    if commit.endswith("+"):
-        warn(f"the code differs from commit {commit[:-1]}; committed first, the registration would say what it was")
-    when = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
-    study.directory.mkdir(parents=True, exist_ok=True)
-    files.write_json(file, {"time": when} | terms(study) | {"commit": commit, "corpora": sorted(corpora)})
-    return file
-
-
-def terms(study: Study) -> dict[str, Any]:
-    """What of a study file is registered: who is compared with whom, on what, by which rule."""
-    default = Config().flat()
-    flat = study.config(Point("base", {}), 0).flat()
-    aside = ("run.seed", "run.threads")
-    base = {key: value for key, value in flat.items() if not is_free(key) and key not in aside}
-    chosen = {"trials": study.trials, "space": study.space} if study.search == "tpe" else {}
-    content = {
-        "name": study.name,
-        "points": {point.name: point.knobs for point in (study.points()[:1] if chosen else study.points())},
-        "base": {key: value for key, value in base.items() if value != default[key]},
-        "metric": study.metric,
-        "seeds": study.seeds,
-        "confirm_seeds": study.confirm_seeds,
-        "tune": study.tune,
-        "alpha": decision.ALPHA,
-    }
-    return dict(as_stored(content | chosen))
-
-
-def registration(study: Study) -> dict[str, Any] | None:
-    """What registered.json says; None when the study was not registered. Raises BadInput when it cannot be read."""
-    file = study.directory / "registered.json"
-    if not file.exists():
-        return None
-    try:
-        held = dict(json.loads(file.read_text()))
-        if {"time", "commit", "corpora", *REGISTERED} <= {*held}:
-            return held
-    except (OSError, ValueError):
-        pass
-    raise BadInput(f"{file} is damaged: it says what the study was to be; restore it from a copy")
-
-
-def deviations(study: Study) -> list[str]:
-    """Where the study, and the runs made so far, differ from what was registered, each in a line."""
-    held = registration(study)
-    if held is None:
-        return []
-    now, default = terms(study), Config().flat()
-    before, after = held["points"], now["points"]
-    lines = [f"point {name} was added" for name in after if name not in before]
-    lines += [f"point {name} was left out" for name in before if name not in after]
-    changed = [name for name in after if before.get(name, after[name]) != after[name]]
-    lines += [differs(f"point {name}", after[name], before[name]) for name in changed]
-    for knob in dict.fromkeys([*now["base"], *held["base"]]):
-        pair = [base.get(knob, default.get(knob)) for base in (now["base"], held["base"])]
-        lines += [differs(knob, *pair)] if pair[0] != pair[1] else []
-    for key in (*REGISTERED, "trials", "space"):
-        if key not in ("points", "base") and now.get(key) != held.get(key):
-            lines.append(differs(key, now.get(key), held.get(key)))
-    summaries = [read_summary(directory) for directory in begun(study)]
-    commits = {commit for run in summaries if (commit := run.get("versions", {}).get("commit")) is not None}
-    corpora = {corpus for run in summaries if (corpus := run.get("corpus")) is not None}
-    if others := sorted(commits - {held["commit"]}):
-        lines.append(f"runs were made by the code of commit {', '.join(others)}, registered was {held['commit']}")
-    if others := sorted(corpora - {*held["corpora"]}):
-        lines.append(f"runs were made on the corpus {', '.join(others)}, registered was {', '.join(held['corpora'])}")
-    return lines
-
-
-def differs(what: str, now: Any, before: Any) -> str:
-    """A deviation in words."""
-    return f"{what} is {json.dumps(now)}, registered was {json.dumps(before)}"
-
-
-def begun(study: Study) -> list[Path]:
-    """Directories of the runs from which the study draws: all but pilots and other amounts of text."""
-    found = [(path, re.search(r"-seed(\d+)$", path.name)) for path in sorted(study.directory.glob("*-seed*"))]
-    return [path for path, seed in found if seed and int(seed[1]) < PILOT_SEEDS]
 
 
 # ---------------------------------------------------------------------------------------------- the card

@@ -60,7 +60,7 @@ def test_names_are_no_formulas(tmp_path: Path) -> None:
     pictures.reliability(Calibration([2, 2], [0.6, 0.9], [0.5, 1.0]), tmp_path / "2.png", name)
     scores = np.linspace(0, 1, 9)
     pictures.uncertainty_histogram({name: (scores, scores)}, tmp_path / "3.png", name, {name: name})
-    doses: Any = {"value": 1.0, "difference": 0.1, "low": None, "high": None, "baseline": False}
+    doses: Any = {"value": 1.0, "difference": 0.1, "seeds": [0.1], "baseline": False}
     pictures.save(pictures.dose_response({name: [doses]}, name), tmp_path / "4.png")
     many = [doses | {"value": 10.0**exponent} for exponent in range(9)]
     assert "mathdefault" not in pictures.svg(pictures.dose_response({name: many}, name))

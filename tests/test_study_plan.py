@@ -21,8 +21,9 @@ from made_up_study import make_study, write_run, write_runs
 from config import BadInput
 from scripts.study import main
 from studies import plan as planning
-from studies.design import design
-from studies.plan import card, deviations, plan, register, runs_of, seconds_of, spread
+from studies.design import design, runs_of
+from studies.plan import card, plan, seconds_of, spread
+from studies.record import deviations, register
 from studies.results import read_result
 from studies.space import FRESH_SEEDS, PILOT_SEEDS, Study
 from tracking.run_directory import read_summary, update_summary
@@ -143,7 +144,7 @@ def test_a_plan_after_the_runs_is_refused(tmp_path: Path, monkeypatch: pytest.Mo
 def test_the_runs_told_are_those_that_are_made(tmp_path: Path, changes: dict[str, Any], points: int) -> None:
     space = {"regularizers.weight_decay": [1.0 + number for number in range(points)]}
     study = make_study(tmp_path, **{"space": space, "seeds": 4} | changes)
-    told = runs_of(study)
+    told = runs_of(study, len(study.points()) - 1)
     while True:
         known = design(study)
         left = [pair for pair in known.wanted if not known.result(*pair).over]
@@ -204,7 +205,7 @@ def test_another_alpha_is_a_deviation(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.chdir(tmp_path)
     study = planned_study(tmp_path)
     register(study, study.directory / "registered.json")
-    monkeypatch.setattr(planning.decision, "ALPHA", 0.2)
+    monkeypatch.setattr("studies.record.ALPHA", 0.2)
     assert deviations(study) == ["alpha is 0.2, registered was 0.05"]
 
 

@@ -96,7 +96,7 @@ def test_a_search_is_extended_by_seeds_and_repeats_what_failed(tmp_path: Path, m
 
     def fill(of: Study) -> Queue:
         queue = Queue(of)
-        queue.fill(unfinished(design(of)), of.trials or 0)
+        queue.fill(unfinished(of, design(of).wanted), of.trials or 0)
         return queue
 
     one = study(trials=2, seeds=1)

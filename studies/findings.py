@@ -221,7 +221,7 @@ def luck(findings: Findings, best: Point) -> list[str]:
     way = "better" if findings.better(decision.difference) else "worse"
     visible = deciding.smallest_visible(decision.sd, decision.seeds, decision.degrees, decision.alpha)
     plan = f"Such a study sees a true gain from {findings.amount(visible)} on in four cases of five."
-    if way == "better":
+    if way == "better" and not far_off(findings):
         level = deciding.level(findings.look + 1)
         needed = deciding.seeds_needed(
             decision.difference, decision.sd, int(decision.degrees) - decision.seeds + 1, level
@@ -292,11 +292,16 @@ def rates(findings: Findings, best: Point) -> list[str]:
     if not study.tune:
         return ["Both ran at the base's learning rate: how much of a gain another rate would bring alone is not known."]
     knob = next(iter(study.tune)).rsplit(".", 1)[-1]
-    mine, its = (known.chosen[point.name] for point in (best, known.points[0]))
+    mine, its = (times(known.chosen[point.name]) for point in (best, known.points[0]))
     at_one = f" At one {knob} for all it led the search by {findings.amount(row.mean)}." if row else ""
     if mine == its:
-        return [f"Each had its own best {knob}, and both did best at {mine:g} times the base's.{at_one}"]
-    return [f"Each had its own best {knob}: {mine:g} times the base's, and {its:g} times for the baseline.{at_one}"]
+        return [f"Each had its own best {knob}: {mine} for both.{at_one}"]
+    return [f"Each had its own best {knob}: {mine}, and for the baseline {its}.{at_one}"]
+
+
+def times(multiple: float) -> str:
+    """A multiple of the base's learning rate, in words."""
+    return "the base's" if multiple == 1 else f"{multiple:g} times the base's"
 
 
 def tested(findings: Findings) -> list[str]:
@@ -372,7 +377,7 @@ def edges(findings: Findings) -> list[str]:
             lines.append(f"{short(knob)}={value:g} is the {way} value tried; the best may be {beyond}")
     for name, multiple in findings.design.chosen.items():
         if multiple in (findings.design.tried[0], findings.design.tried[-1]):
-            lines.append(f"{short(name)} did best at {multiple:g} times the base's rate, the end of those tried")
+            lines.append(f"{short(name)} did best at {times(multiple)} learning rate, the end of those tried")
     return lines
 
 

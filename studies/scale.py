@@ -25,6 +25,7 @@ from config import BadInput
 from data.prepare import prepare
 from data.shards import Corpus
 from program import FINISHED
+from randomness import numpy_generator
 from studies.findings import Findings, counted, find, short
 from studies.results import read_result
 from studies.runner import run_pairs
@@ -114,7 +115,7 @@ def table(losses: Losses) -> tuple[Numbers, Numbers]:
 
 def draw(seeds: int) -> tuple[Numbers, float]:
     """Weights of the seeds in each resample, after a first row that weighs all alike; how many spreads are 95%."""
-    counts = np.random.default_rng(0).multinomial(seeds, np.full(seeds, 1 / seeds), RESAMPLES)
+    counts = numpy_generator(0, "resampled seeds").multinomial(seeds, np.full(seeds, 1 / seeds), RESAMPLES)
     reach = float(stats.t.isf(0.025, seeds - 1)) * math.sqrt(seeds / (seeds - 1))
     return np.vstack([np.full(seeds, 1 / seeds), counts / seeds]), reach
 

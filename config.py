@@ -7,6 +7,7 @@ imported here, so that help and errors come at once.
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
@@ -76,6 +77,15 @@ class Run(Section):
     """auto: go on from the newest checkpoint of this run. never: move what is there aside and start afresh."""
     init_from: str | None = None
     """Start from these weights: a run directory, one of its checkpoints, or a Hugging Face directory."""
+    branch_from: str | None = None
+    """Go on from this run (its newest checkpoint, or the one given) as a new run with the same data, model and seed,
+    with its weights, moments and place in the data, and a schedule, length and regularizers of its own."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Run:
+        if self.init_from is not None and self.branch_from is not None:
+            raise ValueError("run.init_from and run.branch_from exclude each other; set one of them to null")
+        return self
 
 
 class Data(Section):
@@ -354,6 +364,17 @@ class Checkpoint(Section):
     """Steps between checkpoints. null: at each evaluation. The best and the last are always saved."""
     keep: int = Field(2, ge=1)
     """Newest checkpoints that are kept beside the best."""
+    at: list[int | str] = []
+    """Checkpoints that are saved whatever the others are, and kept: after so many steps (1000), tokens (10M; k, M or
+    B) or epochs (3epochs), as in [1000,10M,3epochs]."""
+
+    @field_validator("at")
+    @classmethod
+    def _milestones(cls, milestones: list[int | str]) -> list[int | str]:
+        for milestone in milestones:
+            if not re.fullmatch(r"0*[1-9]\d*|(?=.*[1-9])\d+(\.\d+)?([kMB]|epochs?)", str(milestone)):
+                raise ValueError(f"{milestone!r} is no number of steps (1000), tokens (10M) or epochs (3epochs)")
+        return milestones
 
 
 class Tracking(Section):

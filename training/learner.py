@@ -58,8 +58,12 @@ class Learner:
         tensors = {"model": self.model.state_dict(), "optimizer": optimizer_state(self.optimizers)}
         return tensors | ({"average": self.average.weights} if self.average.count(step) else {})
 
-    def load(self, path: Path, step: int) -> None:
-        """Go on from the checkpoint at ``path``, after ``step`` steps; raises BadInput when its tensors do not fit."""
+    def load(self, path: Path, step: int, average_from: int = 0) -> None:
+        """Go on from the checkpoint at ``path``, after ``step`` steps; raises BadInput when its tensors do not fit.
+
+        ``average_from``: averaged weights count what is trained after this step, as in ``Progress``.
+        """
+        self.average.begins_after = average_from
         try:
             self.model.load_state_dict(checkpoint.read_tensors(path, "model"))
         except RuntimeError as problem:

@@ -21,6 +21,7 @@ class Plan:
     total_steps: int
     evaluation_every: Literal["epoch"] | int
     checkpoint_every: int | None
+    steps_per_epoch: float
     epoch_at: Callable[[int], float]
 
     @classmethod
@@ -32,6 +33,7 @@ class Plan:
             total_steps=total_steps,
             evaluation_every=config.evaluation.every or max(1, total_steps // 10),
             checkpoint_every=config.checkpoint.every,
+            steps_per_epoch=loader.steps_per_epoch,
             epoch_at=loader.epoch_at,
         )
 

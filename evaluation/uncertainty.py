@@ -31,9 +31,8 @@ from evaluation.evaluate import hidden_states, in_chunks
 from hardware import Hardware
 from model.gpt import GPT
 from randomness import seed_activations, seed_for
-from regularizers.activations import Dropout, StochasticDepth
+from regularizers.activations import STOCHASTIC
 
-STOCHASTIC = (Dropout, StochasticDepth)  # the modules that draw random numbers in training mode
 HIDDEN_ELEMENTS = 2**26  # of the hidden states of all samples held at once
 
 

@@ -181,8 +181,8 @@ class Run:
         text = f"{corpus.directory}, {training_tokens:,} training tokens"
         length = f"{plan.total_steps:,} steps, {plan.epoch_at(plan.total_steps):,.2f} epochs"
         tell_start(self.path, progress.step, text, length, self.config, parameters, hardware)
-        lines = [*describe_groups(learner.optimizers), *(self.branch.lines() if self.branch else [])]
-        print("\n".join(lines), flush=True)
+        lines = describe_groups(learner.optimizers, self.config.regularizers, plan.steps_per_epoch)
+        print("\n".join([*lines, *(self.branch.lines() if self.branch else [])]), flush=True)
         self.metrics = Metrics(self.path, progress.step)
         self.console = Console(progress.step, plan.total_steps)
         self.mirror = Mirror(start_wandb(self.path, self.config))

@@ -25,6 +25,7 @@ class Plan:
     checkpoint_every: int | None
     milestones: frozenset[int]
     """Steps whose checkpoints are saved and kept."""
+    steps_per_epoch: float
     epoch_at: Callable[[int], float]
 
     @classmethod
@@ -39,6 +40,7 @@ class Plan:
             milestones=frozenset(
                 milestone_step(word, config.tokens_per_step, loader.steps_per_epoch) for word in config.checkpoint.at
             ),
+            steps_per_epoch=loader.steps_per_epoch,
             epoch_at=loader.epoch_at,
         )
 

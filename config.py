@@ -7,12 +7,16 @@ imported here, so that help and errors come at once.
 
 from __future__ import annotations
 
+import re
+from bisect import bisect_right
 from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 Rate = Annotated[float, Field(ge=0, lt=1)]
 Count = Annotated[int, Field(ge=1)]
+# [fraction of the run, value] pairs, joined by straight lines: the first step is at fraction 0, the last one at 1.
+Points = list[tuple[Annotated[float, Field(ge=0, le=1)], Annotated[float, Field(ge=0)]]]
 
 
 class BadInput(Exception):
@@ -26,6 +30,29 @@ class Failure(Exception):
 def all_errors(problem: ValidationError) -> str:
     """What pydantic found wrong, all in one line: each place and what is the matter there."""
     return "; ".join(" ".join([*map(str, error["loc"]), error["msg"]]) for error in problem.errors())
+
+
+def check_points(knob: str, points: Points) -> None:
+    """Raise ValueError unless the fractions rise from 0 to 1."""
+    fractions = [fraction for fraction, _ in points]
+    if fractions != sorted(fractions) or {0, 1} - {*fractions[:1], *fractions[-1:]}:
+        shown = ", ".join(f"{fraction:g}" for fraction in fractions)
+        raise ValueError(
+            f"{knob}: the fractions of the run must begin with 0, rise (twice the same is a jump) and end with 1; they "
+            f"are [{shown}], and should be as in [[0,1],[0.5,1],[1,0]]"
+        )
+
+
+def value_at(points: Points, fraction: float) -> float:
+    """The value at a fraction of the run, from 0 to 1, on the straight line between its neighbours.
+
+    Where two points have the same fraction the value jumps, and the later one holds there.
+    """
+    following = bisect_right(points, fraction, key=lambda point: point[0])
+    if following == len(points):
+        return points[-1][1]
+    (start, before), (end, after) = points[following - 1], points[following]
+    return before + (after - before) * (fraction - start) / (end - start)
 
 
 class Section(BaseModel):
@@ -77,6 +104,15 @@ class Run(Section):
     """auto: go on from the newest checkpoint of this run. never: move what is there aside and start afresh."""
     init_from: str | None = None
     """Start from these weights: a run directory, one of its checkpoints, or a Hugging Face directory."""
+    branch_from: str | None = None
+    """Go on from this run (its newest checkpoint, or the one given) as a new run with the same data, model and seed,
+    with its weights, moments and place in the data, and a schedule, length and regularizers of its own."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Run:
+        if self.init_from is not None and self.branch_from is not None:
+            raise ValueError("run.init_from and run.branch_from exclude each other; set one of them to null")
+        return self
 
 
 class Data(Section):
@@ -213,15 +249,29 @@ class Optimizer(Section):
 class Schedule(Section):
     """The learning rate over the run, a pure function of the step."""
 
-    name: Literal["warmup_cosine", "cosine", "one_cycle", "wsd", "constant"] = "warmup_cosine"
-    """wsd: warm up, stay, decay linearly at the end. one_cycle: cosine up over warmup_steps, cosine down.
-    cosine ignores warmup_steps; constant warms up and stays."""
+    name: Literal["warmup_cosine", "cosine", "one_cycle", "wsd", "constant", "points"] = "warmup_cosine"
+    """wsd: warm up, stay, decay at the end. one_cycle: cosine up over warmup_steps, cosine down. constant warms up and
+    stays; points: as schedule.points says. cosine and points ignore warmup_steps."""
     warmup_steps: int | None = Field(None, ge=0)
     """Steps of linear warmup, fewer than the run has. null: the smaller of 100 and a tenth of the run."""
     min_lr_ratio: float = Field(0.1, ge=0, le=1)
     """The last learning rate, as a share of the peak."""
     decay_fraction: float = Field(0.2, gt=0, le=1)
     """wsd: the share of the run over which the learning rate decays."""
+    decay_shape: Literal["linear", "sqrt"] = "linear"
+    """wsd: along a line, or as 1 - sqrt(x), first fast and then slowly (Haegele 2024, 2405.18392)."""
+    points: Points | None = None
+    """name=points: [fraction of the run, multiple of the peak] pairs joined by straight lines, as in
+    [[0,0.01],[0.1,1],[1,0]]; the first step is at 0, the last at 1; twice the same fraction is a jump."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Schedule:
+        if (self.name == "points") != (self.points is not None):
+            way = "give both, as in --schedule.name=points --schedule.points=[[0,0.01],[0.1,1],[1,0]], or neither"
+            raise ValueError(f"schedule.name=points and schedule.points need each other; {way}")
+        if self.points is not None:
+            check_points("schedule.points", self.points)
+        return self
 
 
 def knob(default: Any, kind: str, typical: Any, off: Any = 0, **limits: Any) -> Any:
@@ -247,6 +297,11 @@ class Regularizers(Section):
     stochastic_depth: float = knob(0.0, "activation", typical=0.1, ge=0, lt=1)
     """Drops whole residual branches, for each sequence: this rate in the last block, falling linearly to 0 in the
     first (Huang 2016). For deep models on repeated data."""
+    dropout_from: float = knob(0.0, "modifier", typical=0.5, ge=0, lt=1)
+    """Every dropout, token_dropout and stochastic_depth act only from this fraction of the run on: late dropout
+    (Liu 2023, 2303.01500)."""
+    dropout_until: float = knob(1.0, "modifier", typical=0.5, off=1.0, gt=0, le=1)
+    """They act only up to this fraction of the run: early dropout, against underfitting (Liu 2023)."""
     token_dropout: float = knob(0.0, "input", typical=0.1, ge=0, lt=1)
     """Drops the embeddings of whole positions; targets stay (Iyyer 2015, Bowman 2016)."""
     token_replacement: float = knob(0.0, "input", typical=0.1, ge=0, lt=1)
@@ -264,12 +319,20 @@ class Regularizers(Section):
     """Times the mean entropy of the output, which is rewarded (Pereyra 2017). Against overconfidence."""
     weight_decay: float = knob(0.1, "weights", typical=0.1, ge=0)
     """Decoupled decay: w <- w (1 - lr * this) before each step (Loshchilov & Hutter 2019). Repeated data: 1 to 3."""
-    weight_decay_schedule: Literal["constant", "linear", "cosine"] = knob(
-        "constant", "modifier", typical="cosine", off="constant"
+    weight_decay_epochs: float | None = knob(None, "weights", typical=5.0, off=None, gt=0)
+    """In place of weight_decay: decay by 1 / (peak lr * this * steps per epoch), so that AdamW's weights average its
+    updates over this many epochs (Wang & Aitchison 2405.13698). Each optimizer group goes by its own peak, so that all
+    have this timescale: Muon's by matrix_lr."""
+    weight_decay_schedule: Literal["constant", "linear", "cosine"] | Points = knob(
+        "constant", "modifier", typical=[[0.0, 0.8], [0.5, 1.6], [1.0, 0.4]], off="constant"
     )
-    """How weight_decay moves to weight_decay_end over the run (NanoGPT Slowrun 2026)."""
+    """How weight_decay moves to weight_decay_end over the run, or a list of [fraction of the run, weight decay] joined
+    by straight lines, which is the weight decay: weight_decay and weight_decay_end are not given then (NanoGPT
+    Slowrun 2026)."""
     weight_decay_end: float = knob(0.0, "modifier", typical=0.05, ge=0)
-    """The weight decay of the last step, when a schedule leads there."""
+    """The weight decay of the last step, when linear or cosine lead there."""
+    cautious_weight_decay: bool = knob(False, "modifier", typical=True, off=False)
+    """Decay only the weights that the optimizer's step shrinks anyway (Chen 2025, 2510.12402)."""
     decay_embeddings: bool = knob(True, "modifier", typical=False, off=True)
     """Whether embeddings are decayed too. Norms, biases and gains never are."""
     l1: float = knob(0.0, "weights", typical=1e-5, ge=0)
@@ -292,7 +355,29 @@ class Regularizers(Section):
         if self.ema_decay and self.swa_start is not None:
             both = "regularizers.ema_decay and regularizers.swa_start exclude each other (two kinds of average)"
             raise ValueError(f"{both}; set ema_decay to 0 or swa_start to null")
+        if self.dropout_from >= self.dropout_until:
+            window = f"dropout_from={self.dropout_from:g} must be below dropout_until={self.dropout_until:g}"
+            raise ValueError(f"regularizers.{window}; for no dropout at all set the rates to 0")
+        self._check_one_decay()
         return self
+
+    def _check_one_decay(self) -> None:
+        """Raise ValueError when the weight decay is said in two ways."""
+        said = {}
+        default = type(self).model_fields["weight_decay"].default
+        if self.weight_decay not in (0, default):
+            said["weight_decay"] = f"set it to its default, {default:g}"
+        if self.weight_decay_epochs is not None:
+            said["weight_decay_epochs"] = "set it to null"
+        if not isinstance(self.weight_decay_schedule, str):
+            check_points("regularizers.weight_decay_schedule", self.weight_decay_schedule)
+            said["weight_decay_schedule"] = "make its list constant, linear or cosine"
+            if self.weight_decay_end:
+                said["weight_decay_end"] = "set it to 0"
+        if len(said) > 1:
+            names = " and ".join(f"regularizers.{name}" for name in said)
+            ways = "; ".join(f"{name}: {way}" for name, way in said.items())
+            raise ValueError(f"{names} exclude each other: each says what the weight decay is. Keep one ({ways})")
 
 
 class Training(Section):
@@ -355,6 +440,17 @@ class Checkpoint(Section):
     """Steps between checkpoints. null: at each evaluation. The best and the last are always saved."""
     keep: int = Field(2, ge=1)
     """Newest checkpoints that are kept beside the best."""
+    at: list[int | str] = []
+    """Checkpoints that are saved whatever the others are, and kept: after so many steps (1000), tokens (10M; k, M or
+    B) or epochs (3epochs), as in [1000,10M,3epochs]."""
+
+    @field_validator("at")
+    @classmethod
+    def _milestones(cls, milestones: list[int | str]) -> list[int | str]:
+        for milestone in milestones:
+            if not re.fullmatch(r"0*[1-9]\d*|(?=.*[1-9])\d+(\.\d+)?([kMB]|epochs?)", str(milestone)):
+                raise ValueError(f"{milestone!r} is no number of steps (1000), tokens (10M) or epochs (3epochs)")
+        return milestones
 
 
 class Tracking(Section):
@@ -393,7 +489,7 @@ class Config(Section):
         if self.regularizers.mixup_alpha and self.training.micro_size < 2:
             raise ValueError("regularizers.mixup_alpha mixes pairs: training.micro_batch_size must be at least 2")
         warmup, steps = self.schedule.warmup_steps or 0, self.training.max_steps
-        if self.schedule.name != "cosine" and steps is not None and warmup >= steps:
+        if self.schedule.name not in ("cosine", "points") and steps is not None and warmup >= steps:
             lengths = f"schedule.warmup_steps={warmup} must be below training.max_steps={steps}"
             raise ValueError(f"{lengths}; lower it, or set it to null for the smaller of 100 and a tenth of the run")
         return self

@@ -148,6 +148,25 @@ def uncertainty_histogram(pairs: dict[str, tuple[Any, Any]], path: Path, title: 
     save(figure, path)
 
 
+def ensemble(splits: dict[str, dict[str, Any]], path: Path, title: str) -> None:
+    """Loss and calibration after 1, 2, … members: ``{"val": {"members": [losses], "after": [metrics]}, ...}``."""
+    figure, (losses, errors) = _panels(8, 3.6, 2)
+    for (name, found), color in zip(splits.items(), (VAL, BEST), strict=False):
+        counts = range(1, len(found["after"]) + 1)
+        losses.plot(counts, found["members"], "o", color=color, alpha=0.35, markersize=4, label=f"{name}, each alone")
+        for panel, metric in ((losses, "loss"), (errors, "ece")):
+            values = [metrics[metric] for metrics in found["after"]]
+            panel.plot(counts, values, "o-", color=color, markersize=4, label=f"{name}, mean probability")
+    losses.set_ylabel("nats per token")
+    errors.set_ylabel("expected calibration error")
+    for panel in (losses, errors):
+        panel.set_xlabel("members")
+        panel.xaxis.get_major_locator().set_params(integer=True)
+    losses.legend(frameon=False)
+    figure.suptitle(title, fontsize=10)
+    save(figure, path)
+
+
 # ---------------------------------------------------------------------------------------------- pictures of studies
 # Each returns a figure, wide for a page or narrow for a phone: save() makes the PNG, svg() what the report shows.
 

@@ -22,11 +22,14 @@ DROPOUT = {f"{place}_dropout": 0.2 for place in ("embedding", "attention", "resi
 
 
 def everything_on(**changes: Any) -> dict[str, Any]:
-    """Every regularizer that acts in a step at its typical value; SWA excludes EMA, and is left out."""
+    """Every regularizer that acts in a step at its typical value; two are left out.
+
+    SWA excludes EMA, and weight_decay_epochs weight_decay.
+    """
     knobs = {}
     for name, field in Regularizers.model_fields.items():
         extra: Any = field.json_schema_extra
-        if extra["kind"] not in ("stopping", "modifier") and name != "swa_start":
+        if extra["kind"] not in ("stopping", "modifier") and name not in ("swa_start", "weight_decay_epochs"):
             knobs[name] = extra["typical"]
     return knobs | changes
 
@@ -48,7 +51,7 @@ def our_step(
     hardware = resolve(config.run)
     network = GPT(config.model, shape.vocab_size, config.regularizers).initialize(0).to(hardware.device)
     hardware = resolve_compile(hardware, config, {}, network.count_parameters(), STEPS)
-    learner = Learner(network, config, hardware, STEPS)
+    learner = Learner(network, config, hardware, STEPS, steps_per_epoch=STEPS)
     steps = count()
 
     def step(tokens_BT: Tensor, targets_BT: Tensor) -> float:

@@ -38,6 +38,56 @@ class Calibration:
         return sum(tokens * abs(accuracy - confidence) for tokens, accuracy, confidence in gaps) / everything
 
 
+class Sums:
+    """What the metrics of a split are made of, added up chunk by chunk of R tokens."""
+
+    def __init__(self) -> None:
+        self.totals = torch.zeros(6, dtype=torch.float64)  # tokens, loss, correct, brier, entropy, log_z
+        self.bins = torch.zeros(3, BINS, dtype=torch.float64)  # tokens, confidence, correct
+
+    def add_logits(self, logits_RV: Tensor, target_R: Tensor) -> None:
+        """Add the tokens that a model predicts with these logits, which are overwritten."""
+        log_z_R = logits_RV.logsumexp(-1)
+        log_p_RV = logits_RV.sub_(log_z_R[:, None])
+        loss_R = -log_p_RV.gather(-1, target_R[:, None]).squeeze(-1)
+        p_RV = log_p_RV.exp()
+        self.add(p_RV, target_R, loss_R, -log_p_RV.mul_(p_RV).sum(-1), log_z_R)
+
+    def add(self, p_RV: Tensor, target_R: Tensor, loss_R: Tensor, entropy_R: Tensor, log_z_R: Tensor) -> None:
+        """Add tokens that are predicted with these probabilities; all tensors are on one device."""
+        confidence_R, predicted_R = p_RV.max(-1)
+        correct_R = (predicted_R == target_R).float()
+        # Brier score over all classes: Σ p² − 2 p_y + 1
+        brier_R = p_RV.square().sum(-1) - 2 * (-loss_R).exp() + 1
+        ones_R = torch.ones_like(correct_R)
+        columns = torch.stack((ones_R, loss_R, correct_R, brier_R, entropy_R, log_z_R)).cpu().double()
+        self.totals += columns.sum(1)
+        bin_R = (confidence_R * BINS).ceil().long().clamp(1, BINS) - 1
+        for row, column_R in zip(self.bins, (ones_R, confidence_R, correct_R), strict=True):
+            row.index_add_(0, bin_R.cpu(), column_R.cpu().double())
+
+    def metrics(self, hardware: Hardware, bytes_per_token: float) -> tuple[dict[str, float], Calibration]:
+        """What ``evaluate`` returns, of the tokens that all processes added."""
+        # The widest type that the device can add.
+        widest = torch.float32 if hardware.device.type == "mps" else torch.float64
+        shared = (total(part.to(hardware.device, widest), hardware) for part in (self.totals, self.bins))
+        totals, bins = (part.double().cpu() for part in shared)
+        _, loss, accuracy, brier, entropy, log_z = (totals / totals[0]).tolist()
+        means = (bins / bins[0].clamp(min=1)).tolist()
+        calibration = Calibration(bins[0].tolist(), means[1], means[2])
+        metrics = {
+            "loss": loss,
+            "perplexity": math.exp(min(loss, 700.0)),
+            "bits_per_byte": loss / math.log(2) / bytes_per_token,
+            "accuracy": accuracy,
+            "ece": calibration.error,
+            "brier": brier,
+            "entropy": entropy,
+            "log_z": log_z,
+        }
+        return metrics, calibration
+
+
 @torch.no_grad()
 def evaluate(
     model: GPT, batches: EvaluationBatches, hardware: Hardware, bytes_per_token: float, title: str = "evaluating"
@@ -48,36 +98,17 @@ def evaluate(
     ``entropy``, ``log_z`` (mean log-partition). The model is put back into the mode it was in. On a terminal the main
     process shows a progress bar called ``title``.
     """
-    training = model.training
+    training, sums = model.training, Sums()
     model.eval()
-    sums = torch.zeros(6, dtype=torch.float64)  # tokens, loss, correct, brier, entropy, log_z
-    bins = torch.zeros(3, BINS, dtype=torch.float64)  # tokens, confidence, correct
     weight_VD = model.output_weight.to(hardware.dtype)
     mine = range(hardware.rank, len(batches), hardware.world)
     for index in tqdm(mine, title, unit="batch", leave=False, disable=None if hardware.main else True):
         batch = batches.batch(index).to(hardware.device)
         hidden_ND = hidden_states(model, batch, hardware)
         for hidden_RD, target_R in in_chunks(hidden_ND, batch.targets_BT.flatten(), len(weight_VD)):
-            _add(sums, bins, (hidden_RD @ weight_VD.T).float(), target_R)
+            sums.add_logits((hidden_RD @ weight_VD.T).float(), target_R)
     model.train(training)
-    widest = (
-        torch.float32 if hardware.device.type == "mps" else torch.float64
-    )  # the widest type that the device can add
-    sums, bins = (total(part.to(hardware.device, widest), hardware).double().cpu() for part in (sums, bins))
-    _, loss, accuracy, brier, entropy, log_z = (sums / sums[0]).tolist()
-    means = (bins / bins[0].clamp(min=1)).tolist()
-    calibration = Calibration(bins[0].tolist(), means[1], means[2])
-    metrics = {
-        "loss": loss,
-        "perplexity": math.exp(min(loss, 700.0)),
-        "bits_per_byte": loss / math.log(2) / bytes_per_token,
-        "accuracy": accuracy,
-        "ece": calibration.error,
-        "brier": brier,
-        "entropy": entropy,
-        "log_z": log_z,
-    }
-    return metrics, calibration
+    return sums.metrics(hardware, bytes_per_token)
 
 
 def plain_loss(model: GPT, batches: EvaluationBatches, hardware: Hardware) -> float:
@@ -96,22 +127,3 @@ def in_chunks(hidden_ND: Tensor, targets_N: Tensor, vocab_size: int) -> Iterator
     """Parts of hidden states (..., N, D) and targets (N,) that are small enough for their logits to be held."""
     rows = max(1, CHUNK_ELEMENTS // vocab_size)
     return zip(torch.split(hidden_ND, rows, dim=-2), torch.split(targets_N, rows), strict=True)
-
-
-def _add(sums: Tensor, bins: Tensor, logits_RV: Tensor, target_R: Tensor) -> None:
-    """Add the sums of one chunk of tokens; the logits are overwritten."""
-    log_z_R = logits_RV.logsumexp(-1)
-    log_p_RV = logits_RV.sub_(log_z_R[:, None])
-    loss_R = -log_p_RV.gather(-1, target_R[:, None]).squeeze(-1)
-    p_RV = log_p_RV.exp()
-    confidence_R, predicted_R = p_RV.max(-1)
-    correct_R = (predicted_R == target_R).float()
-    # Brier score over all classes: Σ p² − 2 p_y + 1
-    brier_R = p_RV.square().sum(-1) - 2 * (-loss_R).exp() + 1
-    entropy_R = -p_RV.mul_(log_p_RV).sum(-1)
-    ones_R = torch.ones_like(correct_R)
-    columns = torch.stack((ones_R, loss_R, correct_R, brier_R, entropy_R, log_z_R)).cpu().double()
-    sums += columns.sum(1)
-    bin_R = (confidence_R * BINS).ceil().long().clamp(1, BINS) - 1
-    for row, column_R in zip(bins, (ones_R, confidence_R, correct_R), strict=True):
-        row.index_add_(0, bin_R.cpu(), column_R.cpu().double())

@@ -12,6 +12,7 @@ Shape suffixes: N tokens, R tokens of one chunk, S samples, B sequences, T time,
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -30,9 +31,8 @@ from evaluation.evaluate import hidden_states, in_chunks
 from hardware import Hardware
 from model.gpt import GPT
 from randomness import seed_activations, seed_for
-from regularizers.activations import Dropout, StochasticDepth
+from regularizers.activations import STOCHASTIC
 
-STOCHASTIC = (Dropout, StochasticDepth)  # the modules that draw random numbers in training mode
 HIDDEN_ELEMENTS = 2**26  # of the hidden states of all samples held at once
 
 
@@ -122,21 +122,65 @@ def measure(hidden_SND: Tensor, weight_VD: Tensor, targets_N: Tensor) -> list[Te
     One sample's probabilities of one chunk exist at a time, beside their sum.
     """
     weight_VD = weight_VD.to(hidden_SND.dtype)
-    samples, parts = len(hidden_SND), []
+    parts = []
     for hidden_SRD, target_R in in_chunks(hidden_SND, targets_N, len(weight_VD)):
-        sum_RV = torch.zeros(len(target_R), len(weight_VD), device=hidden_SND.device)
-        entropies, targets = [], []
+        mixture = Mixture(target_R)
         for hidden_RD in hidden_SRD:
-            log_p_RV = (hidden_RD @ weight_VD.T).float().log_softmax(-1)
-            targets.append(log_p_RV.gather(-1, target_R[:, None]).squeeze(-1).cpu().double())
-            p_RV = log_p_RV.exp_()
-            entropies.append(entropy(p_RV))
-            sum_RV += p_RV
-        log_p_SR = torch.stack(targets)
-        nll_R = -(log_p_SR.logsumexp(0) - np.log(samples))
-        std_R = log_p_SR.exp().std(0, correction=0)
-        parts.append(torch.stack([nll_R, std_R, entropy(sum_RV.div_(samples)), torch.stack(entropies).mean(0)]))
+            mixture.add((hidden_RD @ weight_VD.T).float())
+        predictive_R = entropy(mixture.p_RV)
+        parts.append(torch.stack([mixture.nll_R, mixture.target_std_R, predictive_R, mixture.expected_entropy_R]))
     return parts
+
+
+class Mixture:
+    """The weighted mean of the probabilities of S predictions of the same R tokens, of which one is held at a time.
+
+    What it gives for each token is (R,) float64 on the CPU, but ``p_RV`` fp32 on the device.
+    """
+
+    def __init__(self, target_R: Tensor) -> None:
+        self.target_R = target_R
+        self._sum_RV = torch.empty(0)
+        self._weights: list[float] = []
+        self._log_p: list[Tensor] = []  # of the target, (R,) for each prediction
+        self._entropies: list[Tensor] = []
+
+    def add(self, logits_RV: Tensor, weight: float = 1.0) -> None:
+        """Take in a prediction."""
+        log_p_RV = logits_RV.log_softmax(-1)
+        self._log_p.append(log_p_RV.gather(-1, self.target_R[:, None]).squeeze(-1).cpu().double())
+        p_RV = log_p_RV.exp_()
+        self._entropies.append(entropy(p_RV))
+        self._sum_RV = self._sum_RV.add_(p_RV, alpha=weight) if self._weights else p_RV.mul_(weight)
+        self._weights.append(weight)
+
+    @property
+    def p_RV(self) -> Tensor:
+        """The mean of the probabilities."""
+        return self._sum_RV / sum(self._weights)
+
+    @property
+    def nll_R(self) -> Tensor:
+        """-log of the target's mean probability, exact also where that is below fp32's smallest number."""
+        log_weight_S1 = torch.tensor(self._weights, dtype=torch.float64).log()[:, None]
+        log_sum_R = (torch.stack(self._log_p) + log_weight_S1).logsumexp(0)
+        return math.log(sum(self._weights)) - log_sum_R
+
+    @property
+    def last_nll_R(self) -> Tensor:
+        """That of the last prediction alone."""
+        return -self._log_p[-1]
+
+    @property
+    def target_std_R(self) -> Tensor:
+        """The (population's) standard deviation of the target's probability, all predictions counted alike."""
+        return torch.stack(self._log_p).exp().std(0, correction=0)
+
+    @property
+    def expected_entropy_R(self) -> Tensor:
+        """The mean of the predictions' entropies."""
+        weighted = [weight * each_R for weight, each_R in zip(self._weights, self._entropies, strict=True)]
+        return torch.stack(weighted).sum(0) / sum(self._weights)
 
 
 def entropy(p_RV: Tensor) -> Tensor:

@@ -1,12 +1,14 @@
 """Text from a model: one token after the other, each drawn from the distribution that the model gives.
 
 Keys and values of what was read are kept, so each token costs one step of the network. A full context slides: its
-later half is read again and goes on from there, so a token is always drawn from at least half a context.
+later half is read again and goes on from there, so a token is always drawn from at least half a context. Several
+models with weights write together, as an ensemble: a token is drawn from the weighted mean of their probabilities.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from tokenizers import Tokenizer
@@ -16,10 +18,37 @@ from config import BadInput
 from model.gpt import GPT, Cache
 from randomness import torch_generator
 
+Models = GPT | list[tuple[GPT, float]]  # one, or several with their weights
+
+
+class Reader:
+    """A model that reads a growing text, each token once, as long as its context has room."""
+
+    def __init__(self, model: GPT) -> None:
+        self.model, self.cache = model, Cache()
+
+    def logits(self, tokens_BT: Tensor, unread: int) -> Tensor:
+        """What it predicts after ``tokens_BT``, of which it has not read the last ``unread``: (B, V) fp32."""
+        context = self.model.config.context_length
+        unread = min(unread, context)
+        if self.cache.length + unread > context:
+            self.cache, unread = Cache(), context // 2
+        logits_BV: Tensor = self.model.logits(self.model(tokens_BT[:, -unread:], cache=self.cache)[:, -1])
+        return logits_BV.float()
+
+
+def log_mean(logits: list[Tensor], weights: Sequence[float]) -> Tensor:
+    """Logits of the weighted mean of the probabilities that ``logits``, (B, V) each, stand for."""
+    if len(logits) == 1:
+        return logits[0]
+    shares = [math.log(weight / sum(weights)) for weight in weights]
+    weighted = [each_BV.log_softmax(-1) + share for each_BV, share in zip(logits, shares, strict=True)]
+    return torch.stack(weighted).logsumexp(0)
+
 
 @torch.inference_mode()
 def generate(
-    model: GPT,
+    model: Models,
     tokens_BT: Tensor,
     new_tokens: int,
     temperature: float = 1.0,
@@ -33,8 +62,10 @@ def generate(
     It is an inference tensor: clone it before you train on it.
 
     Args:
-        model: used in evaluation mode and put back into the mode it was in.
-        tokens_BT: what the text begins with, at least one token; only the last context of it is read.
+        model: used in evaluation mode and put back into the mode it was in. Several must be on one device and have
+            one vocabulary.
+        tokens_BT: what the text begins with, at least one token; only the last context of it is read, by each model
+            that of its own.
         new_tokens: how many are added.
         temperature: the logits are divided by it; 0 takes the likeliest token.
         top_k: only the k likeliest tokens are drawn (Fan 2018).
@@ -47,24 +78,24 @@ def generate(
     check_sampling(new_tokens, temperature, top_k, top_p)
     if tokens_BT.ndim != 2 or tokens_BT.shape[1] == 0:
         raise ValueError(f"tokens must be (batch, time) with at least one token a row, not {tuple(tokens_BT.shape)}")
-    context = model.config.context_length
-    tokens_BT = tokens_BT.to(model.embedding.weight.device)
+    models, weights = zip(*model, strict=True) if isinstance(model, list) else ((model,), (1.0,))
+    readers = [Reader(each) for each in models]
+    tokens_BT = tokens_BT.to(models[0].embedding.weight.device)
     stopped_B = torch.zeros(len(tokens_BT), dtype=torch.bool, device=tokens_BT.device)
-    cache, unread_BT = Cache(), tokens_BT[:, -context:]
-    training = model.training
-    model.eval()
+    unread, before = tokens_BT.shape[1], [each.training for each in models]
+    for each in models:
+        each.eval()
     try:
         for _ in range(new_tokens):
-            if cache.length + unread_BT.shape[1] > context:
-                cache, unread_BT = Cache(), tokens_BT[:, -(context // 2) :]
-            logits_BV = model.logits(model(unread_BT, cache=cache)[:, -1]).float()
-            unread_BT = draw(logits_BV, temperature, top_k, top_p, generator)[:, None]
+            logits_BV = log_mean([reader.logits(tokens_BT, unread) for reader in readers], weights)
+            next_B = draw(logits_BV, temperature, top_k, top_p, generator)
             if stop is not None:
-                unread_BT = unread_BT.masked_fill(stopped_B[:, None], stop)
-                stopped_B |= unread_BT[:, 0] == stop
-            tokens_BT = torch.cat([tokens_BT, unread_BT], dim=1)
+                next_B = next_B.masked_fill(stopped_B, stop)
+                stopped_B |= next_B == stop
+            tokens_BT, unread = torch.cat([tokens_BT, next_B[:, None]], dim=1), 1
     finally:
-        model.train(training)
+        for each, training in zip(models, before, strict=True):
+            each.train(training)
     return tokens_BT
 
 
@@ -91,7 +122,7 @@ def draw(
 
 
 def sample_text(
-    model: GPT,
+    model: Models,
     tokenizer: Tokenizer,
     prompt: str,
     end_of_text: int,
@@ -102,7 +133,7 @@ def sample_text(
     top_p: float | None = None,
     index: int = 0,
 ) -> str:
-    """``prompt`` and what the model writes after it: ``new_tokens`` tokens, fewer if it ends the text.
+    """``prompt`` and what the model (or several) writes after it: ``new_tokens`` tokens, fewer if it ends the text.
 
     The model reads the prompt as the beginning of a document, after end-of-text. The same seed and ``index`` (to
     have several samples of one seed) give the same draws.

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from config import Regularizers
+
 _SIGNED = {8: torch.int8, 16: torch.int16, 32: torch.int32, 64: torch.int64}
 
 
@@ -156,6 +158,14 @@ class StochasticDepth(nn.Module):
 
     def extra_repr(self) -> str:
         return f"p={self.p}"
+
+
+STOCHASTIC = (Dropout, StochasticDepth)  # the modules that draw random numbers in training mode
+
+
+def dropout_acts(config: Regularizers, step: int, total_steps: int) -> bool:
+    """Whether dropouts and stochastic depth act in the step with index ``step``: from dropout_from to dropout_until."""
+    return round(config.dropout_from * total_steps) <= step < round(config.dropout_until * total_steps)
 
 
 def depth_rate(p: float, layer: int, n_layers: int) -> float:

@@ -22,13 +22,34 @@ class WeightAverage:
     def __init__(self, config: Regularizers, total_steps: int) -> None:
         self.config, self.total_steps = config, total_steps
         self.weights: dict[str, Tensor] = {}  # empty before the first counted step
+        self.begins_after = 0  # no weights up to this step count: those of a run from which this one branched
 
     def count(self, step: int) -> int:
-        """How many of the weights after 1 … ``step`` steps went into the average."""
+        """How many of the weights after ``begins_after`` + 1 … ``step`` steps went into the average."""
+        return self._due(step) - self._due(self.begins_after)
+
+    def _due(self, step: int) -> int:
+        """How many of the weights after 1 … ``step`` steps the config counts."""
         if self.config.swa_start is None:
             return step if self.config.ema_decay else 0
-        since = step - max(1, round(self.config.swa_start * self.total_steps))
+        since = step - self.first
         return 0 if since < 0 else since // self.config.swa_every + 1
+
+    @property
+    def first(self) -> int:
+        """The first step that SWA counts, as long as it is on."""
+        return max(1, round((self.config.swa_start or 0) * self.total_steps))
+
+    def goes_on(self, parent: WeightAverage) -> bool:
+        """Whether a branch with this average takes over its parent's, weights and count.
+
+        An EMA goes on from any EMA: it forgets the old decay as it forgets the old weights. An SWA, being an equal
+        average, goes on only if the parent counted exactly the weights that this one would have counted by then; if
+        not (a longer run, with SWA from the same fraction on, starts later), it is made of the branch's weights alone.
+        """
+        if self.config.swa_start is None or parent.config.swa_start is None:
+            return bool(self.config.ema_decay and parent.config.ema_decay)
+        return (self.first, self.config.swa_every) == (parent.first, parent.config.swa_every)
 
     @torch.no_grad()
     def update(self, model: nn.Module, step: int) -> None:

@@ -2,18 +2,23 @@
 
 python -m scripts.evaluate runs/my-run
 python -m scripts.evaluate runs/my-run --mc_samples 20 --ood french.txt
+python -m scripts.evaluate runs/seed0 runs/seed1 runs/seed2 --ensemble
 
-Writes evaluation.json and reliability.png into the run directory, and uncertainty.png with --ood.
+Writes evaluation.json and reliability.png into the run directory, and uncertainty.png with --ood. With --ensemble the
+probabilities of several runs or checkpoints are averaged, and ensemble.json and ensemble.png are written.
 """
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from config import BadInput
 from program import FINISHED, run
+
+if TYPE_CHECKING:
+    from data.shards import Corpus
 
 OOD_SAMPLES = 10  # of MC-dropout when --ood is given without --mc_samples
 
@@ -21,6 +26,11 @@ OOD_SAMPLES = 10  # of MC-dropout when --ood is given without --mc_samples
 def main(arguments: list[str]) -> int:
     """Evaluate, print tables, write the files."""
     options = parse_options(arguments)
+    return evaluate_ensemble(options) if options.ensemble else evaluate_run(options)
+
+
+def evaluate_run(options: argparse.Namespace) -> int:
+    """One run, or one checkpoint of it; returns the exit code."""
     import pictures
     from data.loader import EvaluationBatches
     from evaluation.evaluate import evaluate
@@ -30,14 +40,12 @@ def main(arguments: list[str]) -> int:
     from tracking.load_run import has_average, load_corpus, load_model, locate
     from tracking.run_directory import read_summary
 
-    directory, checkpoint = locate(Path(options.run))
+    directory, checkpoint = locate(Path(options.runs[0]))
     model, config, _ = load_model(checkpoint)
     corpus = load_corpus(directory)
     where = config.run.model_copy(update={"device": options.device})
     hardware = resolve(where, read_summary(directory).get("hardware"))
-    names = [options.split]
-    if options.split == "both":
-        names = [name for name in ("val", "test") if name == "val" or name in corpus.manifest["splits"]]
+    names = split_names(options.split, corpus)
     context, size, isolated = config.model.context_length, config.training.micro_size, config.data.isolate_documents
     sizes = (context, size, options.max_tokens, isolated)
     batches = {name: EvaluationBatches(corpus.split(name), *sizes) for name in names}
@@ -83,6 +91,46 @@ def main(arguments: list[str]) -> int:
     return FINISHED
 
 
+def split_names(asked: str, corpus: Corpus) -> list[str]:
+    """The splits to evaluate: val and, where there is one, test, unless one is asked for."""
+    if asked != "both":
+        return [asked]
+    return [name for name in ("val", "test") if name == "val" or name in corpus.manifest["splits"]]
+
+
+def evaluate_ensemble(options: argparse.Namespace) -> int:
+    """The mean probability of several runs or checkpoints; returns the exit code."""
+    import pictures
+    from evaluation.ensemble import evaluate_listed, list_members, save_ensemble
+    from hardware import resolve
+    from tracking.load_run import load_corpus
+    from tracking.run_directory import read_config, read_summary
+
+    listed = list_members(options.runs)
+    first = Path(listed[0].run)
+    corpus = load_corpus(first)
+    where = read_config(first).run.model_copy(update={"device": options.device})
+    hardware = resolve(where, read_summary(first).get("hardware"))
+    splits = split_names(options.split, corpus)
+    scores = evaluate_listed(listed, hardware, corpus, splits, options.max_tokens)
+    print("members")
+    for number, member in enumerate(listed):
+        losses = ", ".join(f"{name} loss {found.members[number]:.4f}" for name, found in scores.items())
+        print(f"  {number + 1:>2}  {member.run}, {member.checkpoint}, weight {member.weight:g}: {losses}")
+    for name, found in scores.items():
+        columns = {f"{name}, {count}": metrics for count, metrics in enumerate(found.after, 1)}
+        print(f"\nmean probability of the first members\n{table(columns)}")
+    given = [Path(path) for path in options.runs if Path(path).is_file()]
+    file = options.save or (given[0] if len(options.runs) == len(given) == 1 else first / "ensemble.json")
+    results = {name: vars(found) for name, found in scores.items()}
+    about = {"corpus": corpus.fingerprint, "hardware": hardware.describe(), "max_tokens": options.max_tokens}
+    save_ensemble(file, listed, about | results)
+    picture = file.with_suffix(".png")
+    pictures.ensemble(results, picture, f"{len(listed)} members, {first.name} first")
+    print(f"\nwritten           {file}\nwritten           {picture}")
+    return FINISHED
+
+
 def tell_uncertainty(
     found: dict[str, Any], options: argparse.Namespace, directory: Path, results: dict[str, Any]
 ) -> list[str]:
@@ -118,7 +166,13 @@ def parse_options(arguments: list[str]) -> argparse.Namespace:
     """The words of the command line."""
     parser = argparse.ArgumentParser("python -m scripts.evaluate", description=(__doc__ or "").split("\n")[0])
     add = parser.add_argument
-    add("run", metavar="RUN", help="a run directory (its best checkpoint is taken), or a checkpoint")
+    how = (
+        "a run directory (its best checkpoint is taken), or a checkpoint; with --ensemble several, or an ensemble.json"
+    )
+    add("runs", metavar="RUN", nargs="+", help=how)
+    add("--ensemble", action="store_true", help="average the probabilities of all RUNs, and after 1, 2, ... of them")
+    how = "where --ensemble writes; default: ensemble.json in the first run, or the ensemble.json that was given"
+    add("--save", type=Path, metavar="FILE", help=how)
     add("--split", choices=("val", "test", "both"), default="both", help="default: both")
     add("--mc_samples", "--mc-samples", type=int, metavar="N", help="add MC-dropout with N samples a token")
     how = f"how well uncertainty tells this text from the corpus; --mc_samples is {OOD_SAMPLES} if not given"
@@ -126,6 +180,13 @@ def parse_options(arguments: list[str]) -> argparse.Namespace:
     add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="default: auto")
     add("--max_tokens", "--max-tokens", type=int, metavar="N", help="only the first N tokens of each split")
     options = parser.parse_args(arguments)
+    options.ensemble |= len(options.runs) == 1 and Path(options.runs[0]).is_file()
+    if options.ensemble and (options.mc_samples or options.ood):
+        raise BadInput("--ensemble goes with neither --mc_samples nor --ood; evaluate each run by itself")
+    if not options.ensemble and (len(options.runs) > 1 or options.save):
+        raise BadInput("several runs, and --save, need --ensemble, with which their probabilities are averaged")
+    if options.save and (options.save.suffix != ".json" or options.save.is_dir()):
+        raise BadInput(f"--save {options.save}: give the name of a .json file")
     if options.mc_samples is None:
         options.mc_samples = OOD_SAMPLES if options.ood else 0
     elif options.mc_samples < 1:

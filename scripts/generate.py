@@ -1,6 +1,7 @@
 """Let a trained model write: it goes on from a prompt, or begins a document of its own.
 
 python -m scripts.generate runs/my-run --prompt 'import os' --samples 3
+python -m scripts.generate runs/seeds/ensemble.json --prompt 'import os'
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ def main(arguments: list[str]) -> int:
     """Print the samples, each as soon as it is drawn."""
     parser = argparse.ArgumentParser("python -m scripts.generate", description=(__doc__ or "").split("\n")[0])
     add = parser.add_argument
-    add("run", metavar="RUN", help="a run directory (its best checkpoint is taken), or a checkpoint")
+    how = "a run directory (its best checkpoint is taken), a checkpoint, or an ensemble.json of scripts.evaluate"
+    add("run", metavar="RUN", help=how)
     add("--prompt", default="", metavar="TEXT", help="what each text begins with; default: nothing")
     add("--tokens", type=int, default=200, metavar="N", help="tokens to write at most; default: 200")
     how = "below 1 the likely becomes likelier; 0 always takes the likeliest token; default: 0.8"
@@ -30,14 +32,16 @@ def main(arguments: list[str]) -> int:
         raise BadInput(f"--samples {options.samples}: give at least 1")
 
     from data.tokenizers import end_of_text, load_tokenizer
+    from evaluation.ensemble import list_members, load_members
     from model.generate import check_sampling, sample_text
-    from tracking.load_run import load_model, run_tokenizer
+    from tracking.load_run import run_tokenizer
 
     drawing = (options.temperature, options.top_k, options.top_p)
     check_sampling(options.tokens, *drawing)
-    model, _, _ = load_model(options.run)
-    tokenizer = load_tokenizer(str(run_tokenizer(options.run)))
-    begin = (model, tokenizer, options.prompt, end_of_text(tokenizer), options.tokens, options.seed)
+    listed = list_members([options.run])
+    models = [(member.model, member.weight) for member in load_members(listed)]
+    tokenizer = load_tokenizer(str(run_tokenizer(listed[0].path)))
+    begin = (models, tokenizer, options.prompt, end_of_text(tokenizer), options.tokens, options.seed)
     for index in range(options.samples):
         if options.samples > 1:
             print(f"--- sample {index + 1} of {options.samples}")

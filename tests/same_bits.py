@@ -1,4 +1,4 @@
-"""Sixteen short runs, to see whether a change of the code changed a single bit of what it trains.
+"""Seventeen short runs, to see whether a change of the code changed a single bit of what it trains.
 
 python tests/same_bits.py --json /tmp/now.json                       # run and remember
 python tests/same_bits.py --root /tmp/old --json /tmp/old.json       # the same runs by another checkout of the code
@@ -36,6 +36,9 @@ EVERYTHING = {
     "regularizers.z_loss": 1e-4,
     "regularizers.entropy_penalty": 0.1,
     "regularizers.weight_decay": 0.5,
+    "regularizers.cautious_weight_decay": True,
+    "regularizers.dropout_from": 0.2,
+    "regularizers.dropout_until": 0.8,
     "regularizers.l1": 1e-5,
     "regularizers.l2": 1e-4,
     "regularizers.ema_decay": 0.9,
@@ -55,6 +58,11 @@ RUNS: dict[str, dict[str, Any]] = {
     "swa, decay schedule, wsd": {
         "regularizers.swa_start": 0.5, "regularizers.swa_every": 2, "regularizers.weight_decay_schedule": "cosine",
         "regularizers.decay_embeddings": False, "schedule.name": "wsd",
+    },
+    "points, decay in epochs, muon": {
+        "schedule.name": "points", "schedule.points": "[[0,0.1],[0.3,1],[0.6,0.2],[0.6,1],[1,0]]",
+        "regularizers.weight_decay_epochs": 2, "regularizers.weight_decay_schedule": "linear",
+        "regularizers.cautious_weight_decay": True, "optimizer.name": "muon", "fault": "gradient:0:15:kill",
     },
     "isolated documents": {
         "data.document": "line", "data.split": "documents", "data.val_fraction": 0.2, "data.isolate_documents": True,

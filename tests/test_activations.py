@@ -6,12 +6,14 @@ import math
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounter
 
-from config import Model, Regularizers
-from hardware import missing_for_compile
+from config import Config, Model, Regularizers
+from hardware import Hardware, missing_for_compile
 from model.gpt import GPT
 from randomness import seed_activations
 from regularizers.activations import Dropout, StochasticDepth, depth_rate, keep_bits, mask_rate
+from training.learner import Learner
 
 
 @pytest.mark.parametrize("p", [1e-6, 1e-4, 0.01, 0.05, 0.1, 0.2, 0.5, 0.9, 0.999, 0.99999])
@@ -86,6 +88,27 @@ def test_gradient_flows_through_what_is_kept() -> None:
     out = Dropout(0.3).train()(x)
     out.sum().backward()
     assert torch.equal(x.grad, out.detach())
+
+
+def test_a_dropout_window_compiles_two_graphs() -> None:
+    """Off, on and off again, with an evaluation between, of twelve steps: what acts and what does not, once each."""
+    knobs = Regularizers(residual_dropout=0.2, stochastic_depth=0.2, dropout_from=0.25, dropout_until=0.75)
+    config = Config(model=Model(n_layers=2, d_model=16, n_heads=2, context_length=8), regularizers=knobs)
+    model = GPT(config.model, 7, knobs).initialize(0)
+    learner = Learner(model, config, Hardware(0, 1, torch.device("cpu"), "fp32", False, 1), 12, 12)
+    counter = CompileCounter()
+    torch._dynamo.reset()
+    forward = torch.compile(model, backend=counter, dynamic=False)
+    acted = []
+    for step in range(12):
+        learner.follow_schedules(step)
+        seed_activations(0, 0, 0)
+        hidden = forward(torch.zeros(4, 8, dtype=torch.long))
+        model.eval()
+        acted.append(not torch.equal(hidden, model(torch.zeros(4, 8, dtype=torch.long))))
+        model.train()
+    assert acted == [False] * 3 + [True] * 6 + [False] * 3
+    assert counter.frame_count == 2
 
 
 @pytest.mark.slow

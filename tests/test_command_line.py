@@ -38,6 +38,9 @@ def test_defaults_then_files_in_order_then_flags(tmp_path: Path) -> None:
         ("--training.max_steps=7", 7),
         ("--optimizer.betas=[0.8,0.9]", (0.8, 0.9)),
         ("--tracking.tags=[a,b]", ["a", "b"]),
+        ("--regularizers.weight_decay_schedule=[[0, 0.8], [1, 4e-1]]", [(0.0, 0.8), (1.0, 0.4)]),
+        ("--regularizers.weight_decay_schedule=cosine", "cosine"),
+        ("--regularizers.weight_decay_epochs=null", None),
         ("--run.compile=on", "on"),
         ("--data.streaming=true", True),
         ("--data.path=12:30:00", "12:30:00"),
@@ -137,6 +140,9 @@ def test_round_trip_is_exact() -> None:
     config = parse(["--optimizer.eps=1e-13", "--optimizer.lr=0.1234567890123456", "--run.compile=on", "--data.path=no"])
     assert from_mapping(yaml.safe_load(dump(config)), "dump") == config
     assert from_mapping(yaml.safe_load(dump(Config())), "dump") == Config()
+    lists = ["--regularizers.weight_decay_schedule=[[0,1e-7],[1,0.3]]", "--schedule.points=[[0,1],[0.3,0.1],[1,0]]"]
+    config = parse([*lists, "--schedule.name=points"])
+    assert from_mapping(yaml.safe_load(dump(config)), "dump") == config
 
 
 def test_a_later_source_replaces_the_length_of_the_run(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from command_line import parse
 from data.loader import EvaluationBatches
 from data.prepare import prepare
 from data.shards import Corpus
-from evaluation.evaluate import BINS, _add, evaluate
+from evaluation.evaluate import Sums, evaluate
 from hardware import Hardware
 from model.gpt import GPT
 
@@ -86,12 +86,12 @@ def test_calibration_and_brier_by_hand() -> None:
     from evaluation.evaluate import Calibration
 
     p = torch.tensor([[0.9, 0.1], [0.1, 0.9], [0.6, 0.4], [0.6, 0.4]])
-    sums, bins = torch.zeros(6, dtype=torch.float64), torch.zeros(3, BINS, dtype=torch.float64)
-    _add(sums, bins, p.log(), torch.tensor([0, 1, 0, 1]))
-    count, _, correct, brier, _, log_z = sums.tolist()
+    sums = Sums()
+    sums.add_logits(p.log(), torch.tensor([0, 1, 0, 1]))
+    count, _, correct, brier, _, log_z = sums.totals.tolist()
     assert (count, correct) == (4, 3) and log_z == pytest.approx(0, abs=1e-6)
     assert brier / count == pytest.approx(0.27, abs=1e-6)
-    filled = [(int(n), c / n, a / n) for n, c, a in bins.T.tolist() if n]
+    filled = [(int(n), c / n, a / n) for n, c, a in sums.bins.T.tolist() if n]
     assert filled == [pytest.approx((2, 0.6, 0.5)), pytest.approx((2, 0.9, 1.0))]
     found = Calibration([2, 2], [0.6, 0.9], [0.5, 1.0])
     assert found.error == pytest.approx(0.1)

@@ -57,7 +57,7 @@ def losses_of(run: str, text_file: Path, directory: Path) -> list[float]:
     loader = TrainingLoader(corpus.split("train"), config.data, 0, config.model.context_length, 8)
     hardware = Hardware(0, 1, torch.device("cpu"), "fp32", False, 1)
     model = GPT(config.model, corpus.vocab_size, config.regularizers).initialize(0)
-    learner = Learner(model, config, hardware, STEPS)
+    learner = Learner(model, config, hardware, STEPS, loader.steps_per_epoch)
     batches = loader.batches(range(STEPS), learner.micro_batches, 4, hardware.device)
     return [training_step(learner, batches, step).terms["loss"] for step in range(STEPS)]
 

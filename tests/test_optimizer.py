@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import get_args
 
 import pytest
@@ -11,6 +12,7 @@ from torch.nn import functional as F
 from command_line import parse
 from config import BadInput, Config, Model
 from model.gpt import GPT
+from regularizers.weights import update_weights, weight_decay_at
 from training.optimizer import (
     build_optimizers,
     clip_gradients,
@@ -19,6 +21,7 @@ from training.optimizer import (
     optimizer_state,
     parameter_groups,
     set_learning_rate,
+    set_weight_decay,
 )
 
 FAMILIES = get_args(Model.model_fields["family"].annotation)
@@ -43,10 +46,10 @@ def test_every_parameter_is_in_exactly_one_group(family: str, tied: str, name: s
     model, config = small(f"--model.family={family}", f"--model.tie_embeddings={tied}", f"--optimizer.name={name}")
     named = [names for group in parameter_groups(model).values() for names in group]
     assert sorted(named) == sorted(dict(model.named_parameters()))
-    optimizers = build_optimizers(model, config)
+    optimizers = build_optimizers(model, config, 40.0)
     held = [id(p) for o in optimizers for g in o.param_groups for p in g["params"]]
     assert sorted(held) == sorted(id(p) for p in model.parameters())
-    assert len(describe_groups(optimizers)) == sum(len(o.param_groups) for o in optimizers)
+    assert len(describe_groups(optimizers, config.regularizers, 40.0)) == sum(len(o.param_groups) for o in optimizers)
 
 
 def test_an_unknown_parameter_is_refused() -> None:
@@ -68,7 +71,7 @@ def test_what_decays(embeddings: str) -> None:
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
-    for optimizer in build_optimizers(model, config):
+    for optimizer in build_optimizers(model, config, 40.0):
         optimizer.step()
     for name, parameter in model.named_parameters():
         decays = parameter.ndim == 2 and (embeddings == "true" or name.startswith("blocks."))
@@ -79,7 +82,7 @@ def test_what_decays(embeddings: str) -> None:
 def test_adamw_follows_the_paper() -> None:
     """Ten steps of one matrix against Loshchilov & Hutter's algorithm 2 in float64."""
     model, config = small("--optimizer.lr=0.01", "--regularizers.weight_decay=0.3", "--optimizer.betas=[0.8,0.95]")
-    optimizers = build_optimizers(model, config)
+    optimizers = build_optimizers(model, config, 40.0)
     weight = model.blocks[0].mlp.input.weight
     w, m, v = weight.detach().double(), 0.0, 0.0
     for step in range(1, 11):
@@ -96,9 +99,71 @@ def test_adamw_follows_the_paper() -> None:
         torch.testing.assert_close(weight.detach().double(), w, rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.parametrize("schedule", ["constant", "cosine", "[[0, 0.5], [1, 20]]"])
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_cautious_decay_is_a_loop_over_elements(name: str, schedule: str) -> None:
+    """w − lr·u − lr·λ·w where u·w > 0, in float64; lr·u is how far torch's optimizer without decay moves the same w."""
+    flags = [f"--optimizer.name={name}", "--optimizer.lr=0.01", f"--regularizers.weight_decay_schedule={schedule}"]
+    flags += ["--regularizers.decay_embeddings=false", "--model.tie_embeddings=false"]
+    flags += [] if "[" in schedule else ["--regularizers.weight_decay=5"]
+    model, config = small(*flags, "--regularizers.cautious_weight_decay=true")
+    twin, without_decay = small(f"--optimizer.name={name}", "--optimizer.lr=0.01", "--model.tie_embeddings=false")
+    optimizers, theirs = build_optimizers(model, config, 40.0), build_optimizers(twin, without_decay, 40.0)
+    set_weight_decay(theirs, lambda first: 0.0)
+    decaying = {key for o in optimizers for g in o.param_groups if g["decays"] for key in g["names"]}
+    rates = {key: g["peak_lr"] for o in optimizers for g in o.param_groups for key in g["names"]}
+    shrinking = growing = 0
+    for step in range(5):
+        set_learning_rate([*optimizers, *theirs], 1 - step / 10)
+        set_weight_decay(optimizers, partial(weight_decay_at, config.regularizers, step, 5))
+        decay = weight_decay_at(config.regularizers, step, 5, config.regularizers.weight_decay)
+        before = {key: weight.detach().double() for key, weight in model.named_parameters()}
+        twin.load_state_dict(model.state_dict())
+        backward(model, step)
+        for ours, other in zip(model.parameters(), twin.parameters(), strict=True):
+            other.grad = ours.grad.clone()
+        for optimizer in theirs:
+            optimizer.step()
+        for optimizer in optimizers:
+            update_weights(optimizer, config.regularizers)
+            optimizer.zero_grad()
+        after = dict(model.named_parameters())
+        for key, other in twin.named_parameters():
+            old, expected = before[key].flatten().tolist(), []
+            for w, plain in zip(old, other.detach().double().flatten().tolist(), strict=True):
+                shrinks = key in decaying and (w - plain) * w > 0
+                expected.append(plain - (rates[key] * (1 - step / 10) * decay * w if shrinks else 0.0))
+                shrinking, growing = shrinking + shrinks, growing + (key in decaying and not shrinks)
+            found = after[key].detach().double().flatten()
+            torch.testing.assert_close(found, torch.tensor(expected, dtype=torch.float64), rtol=2e-6, atol=2e-7)
+    assert shrinking > 5000 and growing > 5000
+
+
+def test_cautious_decay_sees_updates_below_the_rounding_of_a_weight() -> None:
+    weight = torch.nn.Parameter(torch.tensor([1.0, 1.0, -1.0, -1.0, 1.0, 0.0]))
+    optimizer = torch.optim.SGD([weight], lr=0.5, weight_decay=0.1)
+    weight.grad = torch.tensor([1e-20, -1e-20, 1e-20, -1e-20, 0.0, 1e-20])
+    update_weights(optimizer, parse(["--regularizers.cautious_weight_decay=true"]).regularizers)
+    torch.testing.assert_close(weight.detach(), torch.tensor([0.95, 1.0, -1.0, -0.95, 1.0, 0.0]), rtol=1e-7, atol=1e-19)
+
+
+def test_the_timescale_of_decay_in_epochs() -> None:
+    """1/(lr·λ) steps are so many epochs, for AdamW's groups and for Muon's, each by its own rate; and it is told."""
+    model, config = small("--optimizer.name=muon", "--regularizers.weight_decay_epochs=4", "--optimizer.lr=0.004")
+    optimizers = build_optimizers(model, config, 25.0)
+    found = {g["group_name"]: g["weight_decay"] for o in optimizers for g in o.param_groups}
+    assert found == pytest.approx({"matrices": 1 / (0.02 * 100), "embeddings": 1 / (0.004 * 100), "vectors": 0})
+    told = describe_groups(optimizers, config.regularizers, 25.0)
+    assert ["weight decay 0.5 (timescale 100 steps, 4.00 epochs)" in line for line in told] == [True, False, False]
+    assert "weight decay 2.5 (timescale 100 steps, 4.00 epochs)" in told[1] and "no decay" in told[2]
+    model, config = small("--regularizers.weight_decay_schedule=[[0,0.5],[1,1]]", "--optimizer.lr=0.01")
+    told = describe_groups(build_optimizers(model, config, 25.0), config.regularizers, 25.0)
+    assert "weight decay at first 0.5 (timescale 200 steps, 8.00 epochs)" in told[0]
+
+
 def test_muon_moves_matrices_by_nearly_orthogonal_updates() -> None:
     model, config = small("--optimizer.name=muon", "--regularizers.weight_decay=0", "--optimizer.matrix_lr=0.5")
-    optimizers = build_optimizers(model, config)
+    optimizers = build_optimizers(model, config, 40.0)
     assert [type(o).__name__ for o in optimizers] == ["Muon", "AdamW"]
     weight = model.blocks[0].attention.output.weight
     before = weight.detach().clone()
@@ -114,7 +179,7 @@ def test_muon_moves_matrices_by_nearly_orthogonal_updates() -> None:
 def test_state_travels_by_name(name: str) -> None:
     first, config = small(f"--optimizer.name={name}")
     second, _ = small(f"--optimizer.name={name}")
-    one, other = build_optimizers(first, config), build_optimizers(second, config)
+    one, other = build_optimizers(first, config, 40.0), build_optimizers(second, config, 40.0)
 
     def step(model: GPT, optimizers: list[torch.optim.Optimizer], seed: int) -> None:
         backward(model, seed)

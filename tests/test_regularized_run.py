@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -37,6 +38,9 @@ EVERYTHING = {
     "entropy_penalty": 0.05,
     "weight_decay": 0.2,
     "weight_decay_schedule": "cosine",
+    "cautious_weight_decay": "true",
+    "dropout_from": 0.2,
+    "dropout_until": 0.8,
     "l1": 1e-5,
     "l2": 1e-4,
     "ema_decay": 0.9,
@@ -79,6 +83,26 @@ def test_processes_and_micro_batches_change_nothing(train: Train, tiny: Flags, t
         for name in ("train/loss", "train/objective", "train/entropy", "val/loss", "val_average/loss", "val/ece"):
             if name in a:
                 assert a[name] == pytest.approx(b[name], abs=1e-5), (a["step"], name)
+
+
+def test_dropout_between_two_fractions_of_the_run(train: Train, tiny: Flags, tmp_path: Path) -> None:
+    """Before dropout_from and after dropout_until steps are those without dropout to the last bit, between them not.
+
+    Of 24 steps, with an evaluation (which switches all modules off and on) in the middle of each part.
+    """
+    rates = [name for name in KNOBS if re.search("_dropout$|_depth$", name)]
+    flags = KNOBS | {"tracking__log_every": 1, "evaluation__every": 4, "evaluation__max_tokens": 200}
+    windows = {"always": (0, 1), "never": (0, 1), "late": (0.5, 1), "early": (0, 0.5), "between": (0.25, 0.75)}
+    losses = {}
+    for name, (start, end) in windows.items():
+        knobs = flags | {"run__name": name, "regularizers__dropout_from": start, "regularizers__dropout_until": end}
+        knobs |= dict.fromkeys(rates, 0) if name == "never" else {}
+        assert train(tiny(**knobs)).returncode == 0
+        losses[name] = [record["train/loss"] for record in read_metrics(tmp_path / "runs" / name)]
+        assert len(losses[name]) == 24
+    assert losses["late"][:12] == losses["never"][:12] and losses["late"][12] != losses["never"][12]
+    assert losses["early"][:12] == losses["always"][:12] and losses["early"][12] != losses["always"][12]
+    assert losses["between"][:6] == losses["never"][:6] and losses["between"][6] != losses["never"][6]
 
 
 @pytest.mark.parametrize("every", ["3", "epoch"])

@@ -41,6 +41,35 @@ def test_wsd_stays_then_falls_in_a_line() -> None:
     assert found == pytest.approx([1, 1, 1, 1, 1, 5 / 5.5, 4 / 5.5, 3 / 5.5, 2 / 5.5, 1 / 5.5, 0])
 
 
+def test_wsd_falls_as_one_minus_a_root() -> None:
+    """Over 100 steps from 1 to 0.1: a quarter of the way the root is 1/2, at 0.81 it is 0.9."""
+    found = rates("wsd", total=101, decay_fraction=1.0, decay_shape="sqrt")
+    assert (found[0], found[25], found[81], found[100]) == pytest.approx((1, 0.55, 0.19, 0.1))
+
+
+def test_points_are_joined_by_lines() -> None:
+    points = [[0, 0.2], [0.2, 1], [0.5, 0.4], [0.5, 1], [1, 0]]
+    found = rates("points", points=points, warmup_steps=5)
+    assert found == pytest.approx([0.2, 0.6, 1, 0.8, 0.6, 1, 0.8, 0.6, 0.4, 0.2, 0])
+    assert rates("points", total=1, points=points) == [0.2]
+
+
+def test_points_need_their_name_and_it_them() -> None:
+    for flags in (["--schedule.name=points"], ["--schedule.points=[[0,1],[1,0]]"]):
+        with pytest.raises(BadInput, match=r"schedule.name=points and schedule.points need each other; give both, as"):
+            parse(flags)
+    with pytest.raises(BadInput, match=r"schedule.points: the fractions of the run must begin with 0"):
+        parse(["--schedule.name=points", "--schedule.points=[[0,1],[0.9,0]]"])
+    parse(
+        [
+            "--schedule.name=points",
+            "--schedule.points=[[0,1],[1,0]]",
+            "--training.max_steps=5",
+            "--schedule.warmup_steps=9",
+        ]
+    )
+
+
 def test_one_cycle_rises_and_falls_along_cosines() -> None:
     found = rates("one_cycle", total=21, warmup_steps=10)
     assert found[10] == pytest.approx(1.0) and found[15] == pytest.approx(0.55) and found[20] == pytest.approx(0.1)
@@ -78,5 +107,6 @@ def test_a_warmup_as_long_as_the_run_is_refused() -> None:
 def test_a_warmup_that_the_text_cuts_short_is_told() -> None:
     assert warmup_warning(Schedule(), 5) == warmup_warning(Schedule(warmup_steps=4), 5) == []
     assert warmup_warning(Schedule(name="cosine", warmup_steps=5), 5) == []
+    assert warmup_warning(Schedule(name="points", points=[(0, 1), (1, 0)], warmup_steps=5), 5) == []
     (words,) = warmup_warning(Schedule(warmup_steps=5), 5)
     assert words == "schedule.warmup_steps is 5, and the run has 5 steps: it warms up in 4"

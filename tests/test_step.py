@@ -51,7 +51,7 @@ def test_a_gradient_that_is_not_finite_changes_nothing(
     corpus = Corpus.open(prepare(config.data, tmp_path, quiet=True))
     loader = TrainingLoader(corpus.split("train"), config.data, 0, 32, 8)
     hardware = Hardware(0, 1, torch.device("cpu"), "fp32", False, 1)
-    learner = Learner(GPT(config.model, corpus.vocab_size, config.regularizers).initialize(0), config, hardware, 5)
+    learner = Learner(GPT(config.model, corpus.vocab_size, config.regularizers).initialize(0), config, hardware, 5, 5)
     batches = loader.batches(range(5), learner.micro_batches, 4, hardware.device)
 
     def step(number: int) -> tuple[bool, dict[str, torch.Tensor]]:

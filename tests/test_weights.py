@@ -7,10 +7,11 @@ import torch
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from config import Regularizers
+from command_line import parse
+from config import BadInput, Regularizers
 from regularizers.averaging import WeightAverage
 from regularizers.stopping import evaluations_without_improvement, patience_is_over
-from regularizers.weights import add_penalty_gradients, sparsity, weight_decay_at
+from regularizers.weights import add_penalty_gradients, first_weight_decay, sparsity, weight_decay_at
 
 
 @pytest.mark.parametrize(("l1", "l2"), [(0.3, 0.0), (0.0, 0.2), (0.3, 0.2)])
@@ -29,11 +30,66 @@ def test_decay_schedule() -> None:
         knobs = Regularizers.model_validate(
             {"weight_decay": 0.8, "weight_decay_end": 0.2, "weight_decay_schedule": schedule}
         )
-        return [weight_decay_at(knobs, step, 5) for step in range(5)]
+        return [weight_decay_at(knobs, step, 5, 0.8) for step in range(5)]
 
     assert values("constant") == [0.8] * 5
     assert values("linear") == pytest.approx([0.8, 0.65, 0.5, 0.35, 0.2])
     assert values("cosine") == pytest.approx([0.8, 0.5 + 0.3 * 0.5**0.5, 0.5, 0.5 - 0.3 * 0.5**0.5, 0.2])
+
+
+def test_decay_by_a_list_of_points() -> None:
+    """From 0.8 up to 1.6 at half of the run, where it jumps to 0.4, and up to 1 at the last step."""
+    points = [[0, 0.8], [0.5, 1.6], [0.5, 0.4], [1, 1]]
+    knobs = Regularizers.model_validate({"weight_decay_schedule": points})
+    assert first_weight_decay(knobs, 1e-3, 10.0) == 0.8
+    found = [weight_decay_at(knobs, step, 9, 0.8) for step in range(9)]
+    assert found == pytest.approx([0.8, 1.0, 1.2, 1.4, 0.4, 0.55, 0.7, 0.85, 1.0])
+    assert [weight_decay_at(knobs, 0, steps, 0.8) for steps in (1, 2)] == [0.8, 0.8]
+    jumps = Regularizers.model_validate({"weight_decay_schedule": [[0, 1], [0, 2], [1, 3], [1, 4]]})
+    assert first_weight_decay(jumps, 1e-3, 10.0) == weight_decay_at(jumps, 0, 5, 2.0) == 2
+    assert weight_decay_at(jumps, 4, 5, 2.0) == 4
+
+
+def test_decay_by_its_timescale() -> None:
+    """Over 5 epochs of 20 steps at the rate 0.01: 1/(0.01 · 100) = 1; a schedule goes on from there."""
+    knobs = Regularizers(weight_decay_epochs=5, weight_decay_schedule="linear", weight_decay_end=0.5)
+    first = first_weight_decay(knobs, 0.01, 20.0)
+    assert first == pytest.approx(1.0)
+    assert [weight_decay_at(knobs, step, 3, first) for step in range(3)] == pytest.approx([1.0, 0.75, 0.5])
+
+
+POINTS = "--regularizers.weight_decay_schedule=[[0,1],[1,2]]"
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["weight_decay=0.5", "weight_decay_epochs=3"], "weight_decay and regularizers.weight_decay_epochs exclude"),
+        (["weight_decay=0.5", POINTS], "weight_decay and regularizers.weight_decay_schedule exclude each other"),
+        (["weight_decay_epochs=3", POINTS], "weight_decay_epochs and regularizers.weight_decay_schedule exclude"),
+        (["weight_decay_end=0.5", POINTS], "weight_decay_schedule and regularizers.weight_decay_end exclude"),
+        (["weight_decay_schedule=[[0,1],[0.5,2]]"], r"begin with 0, rise .* and end with 1; they are \[0, 0.5\]"),
+        (["weight_decay_schedule=[[0,1],[0.5,2],[0.4,2],[1,2]]"], "begin with 0, rise"),
+        (["weight_decay_schedule=[[0.1,1],[1,2]]"], "begin with 0, rise"),
+        (["weight_decay_schedule=[]"], "begin with 0, rise"),
+        (
+            ["weight_decay_schedule=[[0,-1],[1,2]]"],
+            r"must be constant\|linear\|cosine\|\[\[float >= 0, <= 1, float >= 0",
+        ),
+        (["weight_decay_schedule=square"], "must be constant"),
+        (["weight_decay_epochs=0"], "greater than 0"),
+        (["dropout_from=0.5", "dropout_until=0.5"], "dropout_from=0.5 must be below dropout_until=0.5"),
+    ],
+)
+def test_what_makes_no_sense_is_refused(flags: list[str], said: str) -> None:
+    with pytest.raises(BadInput, match=said):
+        parse([flag if flag.startswith("--") else f"--regularizers.{flag}" for flag in flags])
+
+
+def test_a_decay_that_is_off_or_at_its_default_is_no_second_one() -> None:
+    for decay in ("0", "0.1"):
+        for other in ("--regularizers.weight_decay_epochs=3", POINTS):
+            parse([f"--regularizers.weight_decay={decay}", other])
 
 
 def test_sparsity() -> None:

@@ -16,8 +16,10 @@ from config import BadInput, Config, Failure
 from data.shards import Corpus
 from hardware import Hardware
 from program import FINISHED, PREEMPTED, warn
+from regularizers.averaging import WeightAverage
 from regularizers.weights import sparsity
 from tracking import run_directory
+from tracking.branch import Branch, checkpoint_to_branch_from, open_branch
 from tracking.console import Console, tell_results, tell_start
 from tracking.load_run import initial_weights
 from tracking.metrics import Metrics, read_metrics, results_of
@@ -48,6 +50,7 @@ class Run:
         self.warnings: list[str] = []
         self.failed_saves = 0
         self.best_saved: dict[str, Any] | None = None
+        self.branch: Branch | None = None  # of another run, if this one begins as that now
         self.seconds, self.steps_timed = 0.0, 0
         self._lock: TextIO | None = None
 
@@ -96,7 +99,7 @@ class Run:
         return FINISHED
 
     def resume(self, learner: Learner, corpus: Corpus) -> Progress:
-        """Load the newest checkpoint that verifies, else the weights of run.init_from if it is given."""
+        """Load the newest checkpoint that verifies, else what run.branch_from or run.init_from names."""
         self.hardware = learner.hardware
         step = None
         if not self.afresh:
@@ -105,23 +108,40 @@ class Run:
         progress = Progress()
         if step is not None:
             found = checkpoint.directory_for(self.checkpoints, step)
-            learner.load(found, step)
             progress = Progress.resumed(checkpoint.read_state(found), self.config)
-            progress.samples *= self.hardware.main  # what was trained on so far counts once
+            learner.load(found, step, progress.average_from)
+        elif self.config.run.branch_from is not None:
+            progress = self._begin_branch(learner, corpus)
         elif self.config.run.init_from is not None:
             vocabulary = corpus.vocab_size, corpus.tokenizer()
             weights = initial_weights(self.config.run.init_from, self.config.model, *vocabulary)
             learner.model.load_state_dict(weights)
+        progress.samples *= self.hardware.main  # what was trained on so far counts once
         self.best_saved = progress.best
         self.attempt = on_main(
             self.hardware, run_directory.count_attempt, self.before, progress.step, self.config.training.max_attempts
         )
         return progress
 
+    def _begin_branch(self, learner: Learner, corpus: Corpus) -> Progress:
+        """Load weights, moments and progress of the checkpoint that run.branch_from names."""
+        found = Path(on_main(self.hardware, checkpoint_to_branch_from, self.config))
+        self.branch = open_branch(found, self.config, corpus, learner.total_steps)
+        theirs = WeightAverage(self.branch.config.regularizers, self.branch.total_steps)
+        goes_on = learner.average.goes_on(theirs)
+        progress = Progress.branched(checkpoint.read_state(found), self.config, goes_on)
+        learner.load(found, progress.step, progress.average_from)
+        return progress
+
     def begin(self, progress: Progress, learner: Learner, corpus: Corpus, plan: Plan, training_tokens: int) -> None:
-        """From here on the directory is written to."""
-        if not self.hardware.main:
-            return
+        """From here on the directory is written to; a branch saves where it begins, and needs the other run no more."""
+        if self.hardware.main:
+            self._open(progress, learner, corpus, plan, training_tokens)
+        if self.branch is not None:
+            self.save(progress, learner, plan)
+
+    def _open(self, progress: Progress, learner: Learner, corpus: Corpus, plan: Plan, training_tokens: int) -> None:
+        """Tell what begins, in files and on the screen."""
         if self.afresh and run_directory.move_aside(self.path):
             held, self._lock = self._lock, run_directory.lock(self.path)
             assert held is not None
@@ -130,11 +150,12 @@ class Run:
         checkpoint.sweep(self.checkpoints)
         for debris in self.path.glob(".*.new"):  # of a killed write
             debris.unlink(missing_ok=True)
-        if progress.step:
+        if progress.step and self.branch is None:
             checkpoint.set_aside_newer(self.checkpoints, progress.step)
             self._point_at(progress)
         hardware, versions = self.hardware.describe(), run_directory.versions()
         self.warnings += warmup_warning(self.config.schedule, plan.total_steps)
+        self.warnings += plan.milestones_out_of_reach()
         self.warnings += run_directory.bits_may_differ(self.before.get("versions", {}), versions)
         self.warnings += run_directory.bits_may_differ(self.before.get("hardware", {}), hardware)
         for warning in self.warnings:
@@ -155,11 +176,13 @@ class Run:
             tokenizer=corpus.manifest["tokenizer"]["sha256"],
             parameters=parameters,
             total_steps=plan.total_steps,
+            branch=self.branch.described if self.branch else self.before.get("branch"),
         )
         text = f"{corpus.directory}, {training_tokens:,} training tokens"
         length = f"{plan.total_steps:,} steps, {plan.epoch_at(plan.total_steps):,.2f} epochs"
         tell_start(self.path, progress.step, text, length, self.config, parameters, hardware)
-        print("\n".join(describe_groups(learner.optimizers)), flush=True)
+        lines = describe_groups(learner.optimizers, self.config.regularizers, plan.steps_per_epoch)
+        print("\n".join([*lines, *(self.branch.lines() if self.branch else [])]), flush=True)
         self.metrics = Metrics(self.path, progress.step)
         self.console = Console(progress.step, plan.total_steps)
         self.mirror = Mirror(start_wandb(self.path, self.config))
@@ -203,7 +226,7 @@ class Run:
         shares = gathered(torch.tensor([progress.samples % 2**62], device=self.hardware.device), self.hardware)
         samples = sum(shares.flatten().tolist()) % 2**62
         progress.samples = samples if self.hardware.main else 0
-        refused = on_main(self.hardware, self._try_to_save, progress, learner.tensors(progress.step))
+        refused = on_main(self.hardware, self._try_to_save, progress, learner.tensors(progress.step), plan)
         if not refused:
             self.failed_saves, self.best_saved = 0, progress.best
             return
@@ -215,14 +238,14 @@ class Run:
         if self.hardware.main:
             warn(f"step {progress.step}: {refused}; training goes on ({self.failed_saves} failed in a row)")
 
-    def _try_to_save(self, progress: Progress, tensors: dict[str, dict[str, torch.Tensor]]) -> str:
+    def _try_to_save(self, progress: Progress, tensors: dict[str, dict[str, torch.Tensor]], plan: Plan) -> str:
         """Save; returns why the machine refused, empty when it is done."""
         try:
             self.metrics.sync()  # a resume counts on these lines
             checkpoint.save(self.checkpoints, tensors, progress.stored())
             self._point_at(progress)
             best = {progress.best["step"]} if progress.best else set()
-            checkpoint.prune(self.checkpoints, self.config.checkpoint.keep, best)
+            checkpoint.prune(self.checkpoints, self.config.checkpoint.keep, best | plan.milestones)
         except OSError as problem:
             return str(problem)
         return ""

@@ -118,10 +118,11 @@ def check_config(directory: Path, config: Config) -> list[str]:
     serious = {key: pair for key, pair in changed.items() if not is_free(key) and key not in HARDWARE}
     if serious:
         lines = "\n".join(f"  {key}: the run has {old!r}, asked for is {new!r}" for key, (old, new) in serious.items())
-        raise BadInput(
-            f"{directory} holds a run with another config; nothing was changed:\n{lines}\n"
-            "  use the stored values, another --run.name, or --run.resume=never (what is there is moved aside)"
-        )
+        way = "use the stored values, another --run.name, or --run.resume=never (what is there is moved aside)"
+        length = {"training.max_steps", "training.max_epochs"} & set(serious)
+        if length and read_summary(directory).get("status") == "finished":
+            way += f"\n  it is finished; to go on from its end: --run.branch_from={directory} and another --run.name"
+        raise BadInput(f"{directory} holds a run with another config; nothing was changed:\n{lines}\n  {way}")
     return [
         f"{key} changed from {old!r} to {new!r}: bits may differ from an uninterrupted run"
         for key, (old, new) in changed.items()

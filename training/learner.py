@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 from config import BadInput, Config
 from hardware import Hardware
 from model.gpt import GPT
+from regularizers.activations import STOCHASTIC, dropout_acts
 from regularizers.averaging import WeightAverage
 from regularizers.weights import weight_decay_at
 from training import checkpoint
@@ -34,32 +36,52 @@ class Learner:
         config: that of the run.
         hardware: with ``compile`` resolved.
         total_steps: the length of the run, on which the schedules depend.
+        steps_per_epoch: in which a weight decay may be given.
     """
 
-    def __init__(self, model: GPT, config: Config, hardware: Hardware, total_steps: int) -> None:
+    def __init__(
+        self, model: GPT, config: Config, hardware: Hardware, total_steps: int, steps_per_epoch: float
+    ) -> None:
         training = config.training
         self.model, self.config, self.hardware, self.total_steps = model, config, hardware, total_steps
         self.forward = torch.compile(model, dynamic=False) if hardware.compile else model
-        self.optimizers = build_optimizers(model, config)
+        self.stochastic = [module for module in model.modules() if isinstance(module, STOCHASTIC)]
+        self.optimizers = build_optimizers(model, config, steps_per_epoch)
         self.decayed = decayed_parameters(self.optimizers)
         self.gradients = GradientSum(model, hardware, training.micro_batches, training.deterministic == "strict")
         self.average = WeightAverage(config.regularizers, total_steps)
         self.micro_batches = my_micro_batches(hardware, training.micro_batches)
 
     def follow_schedules(self, step: int) -> float:
-        """Set learning rates and weight decay for the step with index ``step``; returns the learning rate of AdamW."""
+        """Set learning rates, weight decay and dropouts for the step with index ``step``; returns AdamW's rate."""
         ratio = learning_rate_ratio(self.config.schedule, step, self.total_steps)
         set_learning_rate(self.optimizers, ratio)
-        set_weight_decay(self.optimizers, weight_decay_at(self.config.regularizers, step, self.total_steps))
+        decay_from = partial(weight_decay_at, self.config.regularizers, step, self.total_steps)
+        set_weight_decay(self.optimizers, decay_from)
+        # A dropout that does not act now is in evaluation mode. Evaluations put all modules into another mode and into
+        # training mode again, so the mode is set for each step, and compiled code knows two of them.
+        for module in self.stochastic:
+            module.training = dropout_acts(self.config.regularizers, step, self.total_steps)
         return self.config.optimizer.lr * ratio
+
+    def config_at(self, step: int) -> Config:
+        """The config by which the step with index ``step`` trains: without token_dropout while dropouts do not act."""
+        regularizers = self.config.regularizers
+        if not regularizers.token_dropout or dropout_acts(regularizers, step, self.total_steps):
+            return self.config
+        return self.config.model_copy(update={"regularizers": regularizers.model_copy(update={"token_dropout": 0.0})})
 
     def tensors(self, step: int) -> dict[str, dict[str, Tensor]]:
         """All that a checkpoint after ``step`` steps holds, a safetensors file for each entry."""
         tensors = {"model": self.model.state_dict(), "optimizer": optimizer_state(self.optimizers)}
         return tensors | ({"average": self.average.weights} if self.average.count(step) else {})
 
-    def load(self, path: Path, step: int) -> None:
-        """Go on from the checkpoint at ``path``, after ``step`` steps; raises BadInput when its tensors do not fit."""
+    def load(self, path: Path, step: int, average_from: int = 0) -> None:
+        """Go on from the checkpoint at ``path``, after ``step`` steps; raises BadInput when its tensors do not fit.
+
+        ``average_from``: averaged weights count what is trained after this step, as in ``Progress``.
+        """
+        self.average.begins_after = average_from
         try:
             self.model.load_state_dict(checkpoint.read_tensors(path, "model"))
         except RuntimeError as problem:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from config import BadInput, Config
+from config import BadInput, Config, Regularizers
+from regularizers.weights import first_weight_decay
 
 # The optimizers of a run, in a fixed order: one AdamW, and one Muon before it if it is asked for.
 Optimizers = list[torch.optim.Optimizer]
@@ -34,21 +36,25 @@ def parameter_groups(model: nn.Module) -> dict[str, dict[str, nn.Parameter]]:
     return {group: members for group, members in groups.items() if members}
 
 
-def build_optimizers(model: nn.Module, config: Config) -> Optimizers:
-    """The run's optimizers; each group carries its name, its parameters' names, its peak lr and whether it decays."""
+def build_optimizers(model: nn.Module, config: Config, steps_per_epoch: float) -> Optimizers:
+    """The run's optimizers; each group carries its name, its parameters' names, its peak lr, its first weight decay and
+    whether it decays."""
     settings = config.optimizer
     adamw: list[dict[str, Any]] = []
     muon: list[dict[str, Any]] = []
     for group, members in parameter_groups(model).items():
         decays = group in ("matrices", "output") or (group == "embeddings" and config.regularizers.decay_embeddings)
         by_muon = settings.name == "muon" and group == "matrices"
+        peak_lr = settings.matrix_lr if by_muon else settings.lr
+        first_decay = first_weight_decay(config.regularizers, peak_lr, steps_per_epoch)
         entry = {
             "params": list(members.values()),
             "group_name": group,
             "names": list(members),
             "decays": decays,
-            "peak_lr": settings.matrix_lr if by_muon else settings.lr,
-            "weight_decay": config.regularizers.weight_decay if decays else 0.0,
+            "peak_lr": peak_lr,
+            "first_decay": first_decay,
+            "weight_decay": first_decay if decays else 0.0,
         }
         (muon if by_muon else adamw).append(entry)
     optimizers: Optimizers = []
@@ -65,11 +71,11 @@ def set_learning_rate(optimizers: Optimizers, ratio: float) -> None:
             group["lr"] = group["peak_lr"] * ratio
 
 
-def set_weight_decay(optimizers: Optimizers, decay: float) -> None:
-    """Give each group that decays this weight decay."""
+def set_weight_decay(optimizers: Optimizers, decay_from: Callable[[float], float]) -> None:
+    """Give each group that decays what ``decay_from`` makes of its first weight decay."""
     for optimizer in optimizers:
         for group in optimizer.param_groups:
-            group["weight_decay"] = decay if group["decays"] else 0.0
+            group["weight_decay"] = decay_from(group["first_decay"]) if group["decays"] else 0.0
 
 
 def decayed_parameters(optimizers: Optimizers) -> dict[str, Tensor]:
@@ -78,19 +84,29 @@ def decayed_parameters(optimizers: Optimizers) -> dict[str, Tensor]:
     return {name: weight for group in groups for name, weight in zip(group["names"], group["params"], strict=True)}
 
 
-def describe_groups(optimizers: Optimizers) -> list[str]:
-    """A line for each group: optimizer, tensors, elements, peak learning rate, decay and its timescale."""
+def describe_groups(optimizers: Optimizers, config: Regularizers, steps_per_epoch: float) -> list[str]:
+    """A line for each group: optimizer, tensors, elements, peak learning rate, first decay and its timescale."""
     lines = []
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             elements = sum(parameter.numel() for parameter in group["params"])
-            rate, decay = group["peak_lr"], group["weight_decay"]
-            decays = f"weight decay {decay:g} (timescale {1 / (rate * decay):,.0f} steps)" if decay else "no decay"
             lines.append(
                 f"{group['group_name']:<10} {type(optimizer).__name__:<5} {len(group['params']):>4} tensors "
-                f"{elements:>13,} elements  lr {rate:g}  {decays}"
+                f"{elements:>13,} elements  lr {group['peak_lr']:g}  " + describe_decay(group, config, steps_per_epoch)
             )
     return lines
+
+
+def describe_decay(group: dict[str, Any], config: Regularizers, steps_per_epoch: float) -> str:
+    """A group's first weight decay, and over how many steps and epochs its weights average its updates: 1/(lr·λ)."""
+    decay, constant = group["first_decay"], config.weight_decay_schedule == "constant"
+    if not group["decays"] or (constant and not decay):
+        return "no decay"
+    words = f"weight decay {'' if constant else 'at first '}{decay:g}"
+    if not decay:
+        return words
+    steps = 1 / (group["peak_lr"] * decay)
+    return f"{words} (timescale {steps:,.0f} steps, {steps / steps_per_epoch:,.2f} epochs)"
 
 
 def clip_gradients(model: nn.Module, limit: float) -> Tensor:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
+from fractions import Fraction
 from typing import Any, Literal
 
 from config import Config, Failure
@@ -21,6 +23,9 @@ class Plan:
     total_steps: int
     evaluation_every: Literal["epoch"] | int
     checkpoint_every: int | None
+    milestones: frozenset[int]
+    """Steps whose checkpoints are saved and kept."""
+    steps_per_epoch: float
     epoch_at: Callable[[int], float]
 
     @classmethod
@@ -32,6 +37,10 @@ class Plan:
             total_steps=total_steps,
             evaluation_every=config.evaluation.every or max(1, total_steps // 10),
             checkpoint_every=config.checkpoint.every,
+            milestones=frozenset(
+                milestone_step(word, config.tokens_per_step, loader.steps_per_epoch) for word in config.checkpoint.at
+            ),
+            steps_per_epoch=loader.steps_per_epoch,
             epoch_at=loader.epoch_at,
         )
 
@@ -43,11 +52,29 @@ class Plan:
             return int(self.epoch_at(step)) > int(self.epoch_at(step - 1))
         return step % self.evaluation_every == 0
 
+    def milestones_out_of_reach(self) -> list[str]:
+        """What to tell of milestones that lie behind the end of the run."""
+        late = sorted(step for step in self.milestones if step > self.total_steps)
+        ends = f"the run ends at step {self.total_steps:,}"
+        return [f"checkpoint.at: step {step:,} will not be reached, {ends}" for step in late]
+
     def saves_at(self, progress: Progress) -> bool:
-        """Whether a checkpoint is due: by its interval, of each new best, and of the last step."""
+        """Whether a checkpoint is due: by its interval, of a milestone, of each new best, and of the last step."""
         step, best = progress.step, progress.best
         due = step % self.checkpoint_every == 0 if self.checkpoint_every else self.evaluates_at(step)
+        due = due or step in self.milestones
         return due or progress.over(self) or (best is not None and best["step"] == step)
+
+
+def milestone_step(milestone: int | str, tokens_per_step: int, steps_per_epoch: float) -> int:
+    """The first step after which a milestone of checkpoint.at is reached: 1000 (steps), 10M (tokens), 3epochs."""
+    text = str(milestone)
+    if text.isdecimal():
+        return int(text)
+    number = Fraction(re.sub("[^0-9.]", "", text))
+    if "epoch" in text:
+        return math.ceil(round(float(number) * steps_per_epoch, 6))  # 3 epochs of 5/3 steps are 5 steps
+    return math.ceil(number * {"k": 10**3, "M": 10**6, "B": 10**9}[text[-1]] / tokens_per_step)
 
 
 @dataclass(frozen=True)
@@ -81,6 +108,8 @@ class Progress:
     """Steps whose objective was a spike."""
     nonfinite: int = 0
     """Steps in a row, up to this one, whose gradient was not finite."""
+    average_from: int = 0
+    """The averaged weights count what was trained after this step (see ``branched``)."""
     preempted: bool = field(default=False, metadata={"stored": False})
     stopped_early: bool = field(default=False, metadata={"stored": False})
 
@@ -94,6 +123,19 @@ class Progress:
         names = {item.name for item in fields(cls)}
         progress = cls(**{name: value for name, value in state.items() if name in names})
         progress.stopped_early = patience_is_over(progress.val_losses, config.regularizers)
+        return progress
+
+    @classmethod
+    def branched(cls, state: dict[str, Any], config: Config, average_goes_on: bool) -> Progress:
+        """Where a run begins that branches from another one's ``state``: at its step, as if it were one run.
+
+        What the other was judged by stays with it: the best evaluation, whose checkpoint is in its directory, and the
+        patience of early stopping begin anew. ``average_goes_on``: whether its averaged weights are taken over with
+        their count; if not, the average counts the weights after this step alone.
+        """
+        progress = cls.resumed(state | {"best": None, "val_losses": []}, config)
+        if not average_goes_on:
+            progress.average_from = progress.step
         return progress
 
     def count(self, result: StepResult, config: Config) -> None:

@@ -21,7 +21,7 @@ from model.gpt import GPT
 from randomness import seed_activations
 from regularizers.inputs import draw_changes, replace_tokens
 from regularizers.objective import objective
-from regularizers.weights import add_penalty_gradients
+from regularizers.weights import add_penalty_gradients, update_weights
 from training.faults import inject_fault
 from training.learner import Learner
 from training.optimizer import clip_gradients
@@ -52,7 +52,7 @@ class StepResult:
 
 def training_step(learner: Learner, batches: Batches, step: int, signals: StopSignals | None = None) -> StepResult:
     """Train on this process's micro-batches of the step with index ``step``, the next ones of ``batches``."""
-    started, config, model = time.perf_counter(), learner.config, learner.model
+    started, config, model = time.perf_counter(), learner.config_at(step), learner.model
     training, names = config.training, list[str]()
     learning_rate, samples = learner.follow_schedules(step), 0
     for micro_batch in learner.micro_batches:
@@ -73,7 +73,7 @@ def training_step(learner: Learner, batches: Batches, step: int, signals: StopSi
     gradient_norm, *sums, votes = torch.cat([norm[None], sums_N]).tolist()  # the step's only synchronisation
     for optimizer in learner.optimizers:
         if math.isfinite(gradient_norm):  # if not, nothing changes, on no process: it is summed, so all see the same
-            optimizer.step()
+            update_weights(optimizer, config.regularizers)
         optimizer.zero_grad(set_to_none=True)
     learner.average.update(model, step + 1)
     inject_fault("weights", step + 1, model.parameters())

@@ -16,6 +16,7 @@ import math
 import subprocess
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -23,7 +24,7 @@ import torch
 from torch import Tensor
 
 from command_line import parse
-from config import Config
+from config import Config, Points
 from data.loader import Batch, TrainingLoader
 from data.shards import Corpus, Split
 from model.gpt import GPT
@@ -65,6 +66,9 @@ RUNS = {
         "regularizers__weight_decay": 2.0,
         "regularizers__weight_decay_schedule": "cosine",
         "regularizers__weight_decay_end": 0.5,
+        "regularizers__cautious_weight_decay": "true",
+        "regularizers__dropout_from": 0.25,
+        "regularizers__dropout_until": 0.75,
         "regularizers__l1": 1e-3,
         "regularizers__l2": 1e-2,
         "regularizers__ema_decay": 0.8,
@@ -79,11 +83,24 @@ RUNS = {
         "schedule__decay_fraction": 0.4,
         "schedule__warmup_steps": 2,
         "training__deterministic": "strict",
-        "regularizers__weight_decay": 3.0,
+        "regularizers__weight_decay_epochs": 2.4,
         "regularizers__weight_decay_schedule": "linear",
         "regularizers__decay_embeddings": "false",
         "regularizers__swa_start": 0.5,
         "regularizers__swa_every": 2,
+    },
+    "points": COMMON
+    | {
+        "model__family": "gpt2",
+        "optimizer__grad_clip": 0,
+        "optimizer__lr": 1e-2,
+        "schedule__name": "points",
+        "schedule__points": "[[0,0.1],[0.3,1],[0.6,0.2],[0.6,0.9],[1,0.3]]",
+        "regularizers__weight_decay_schedule": "[[0,1],[0.5,3],[1,0.5]]",
+        "regularizers__dropout_until": 0.5,
+        "regularizers__token_dropout": 0.1,
+        "regularizers__mlp_dropout": 0.2,
+        "regularizers__ema_decay": 0.8,
     },
 }
 
@@ -104,9 +121,16 @@ class Changes:
         )
 
 
+def dropout_acts(config: Config, step: int) -> bool:
+    """Whether the step begins between the two fractions of the run."""
+    fraction = step / (config.training.max_steps or 0)
+    return config.regularizers.dropout_from <= fraction < config.regularizers.dropout_until
+
+
 def changed_inputs(batch: Batch, config: Config, key: tuple[int, int, int]) -> tuple[Tensor, Changes]:
     """The ids with some replaced, and the changes of their embeddings; a knob that is off changes nothing."""
     knobs, (seed, *place) = config.regularizers, key
+    token_dropout = knobs.token_dropout if dropout_acts(config, place[0]) else 0.0
     rows, time = batch.tokens_BT.shape
     width, vocabulary = config.model.d_model, 257
     generator = torch_generator(seed, "token replacement", *place)
@@ -115,13 +139,13 @@ def changed_inputs(batch: Batch, config: Config, key: tuple[int, int, int]) -> t
     generator = torch_generator(seed, "embedding noise", *place)
     noise_BTD = torch.empty(rows, time, width).uniform_(-1, 1, generator=generator).double()
     noise_BTD *= knobs.embedding_noise / math.sqrt(time * width)
-    kept_BT = torch.rand(rows, time, generator=torch_generator(seed, "token dropout", *place)) >= knobs.token_dropout
+    kept_BT = torch.rand(rows, time, generator=torch_generator(seed, "token dropout", *place)) >= token_dropout
     partner_B, share_B = torch.arange(rows), torch.ones(rows, dtype=torch.float64)
     if knobs.mixup_alpha:
         partner_B = torch.randperm(rows, generator=torch_generator(seed, "mixup partner", *place))
         draw = numpy_generator(seed, "mixup share", *place)
         share_B = torch.from_numpy(draw.beta(knobs.mixup_alpha, knobs.mixup_alpha, size=rows))
-    return tokens_BT, Changes(noise_BTD, kept_BT.double() / (1 - knobs.token_dropout), partner_B, share_B)
+    return tokens_BT, Changes(noise_BTD, kept_BT.double() / (1 - token_dropout), partner_B, share_B)
 
 
 def sums_of(model: GPT, batch: Batch, config: Config, key: tuple[int, int, int]) -> tuple[Tensor, Tensor]:
@@ -146,9 +170,14 @@ def sums_of(model: GPT, batch: Batch, config: Config, key: tuple[int, int, int])
 
 
 def share_of_peak(config: Config, step: int) -> float:
-    """Linear warmup to 1 at step ``warmup``; then half a cosine to the floor at the last step, or the end of WSD."""
+    """Linear warmup to 1 at step ``warmup``; then half a cosine to the floor at the last step, or the end of WSD.
+
+    Or along the points.
+    """
     schedule, last = config.schedule, (config.training.max_steps or 0) - 1
     warmup, floor = schedule.warmup_steps or 0, schedule.min_lr_ratio
+    if schedule.points:
+        return along(schedule.points, step / last)
     if step < warmup:
         return (step + 1) / (warmup + 1)
     if schedule.name == "wsd":  # level until decay_fraction of all steps are left before the last one
@@ -156,12 +185,25 @@ def share_of_peak(config: Config, step: int) -> float:
     return floor + (1 - floor) * (1 + math.cos(math.pi * (step - warmup) / (last - warmup))) / 2
 
 
-def decay_at(config: Config, step: int) -> float:
-    """Weight decay on its way from the first value to the last, along a line or half a cosine."""
+def along(points: Points, part: float) -> float:
+    """The first value and, for each line, the share of its rise that lies before ``part``; a jump is a steep line."""
+    value = points[0][1]
+    for (start, low), (end, high) in pairwise(points):
+        value += (high - low) * min(1.0, max(0.0, (part - start + 1e-12) / (end - start + 1e-12)))
+    return value
+
+
+def decay_at(config: Config, step: int, steps_per_epoch: float) -> float:
+    """Weight decay on its way from the first value to the last, along a line or half a cosine; or along its points."""
     knobs, part = config.regularizers, step / ((config.training.max_steps or 0) - 1)
+    if not isinstance(knobs.weight_decay_schedule, str):
+        return along(knobs.weight_decay_schedule, part)
+    first = knobs.weight_decay
+    if knobs.weight_decay_epochs:  # the weights forget by a factor e in so many epochs
+        first = 1 / knobs.weight_decay_epochs / steps_per_epoch / config.optimizer.lr
     if knobs.weight_decay_schedule == "cosine":
         part = (1 - math.cos(math.pi * part)) / 2
-    return knobs.weight_decay + part * (knobs.weight_decay_end - knobs.weight_decay)
+    return first + part * (knobs.weight_decay_end - first)
 
 
 def loss_of(model: GPT, split: Split, config: Config) -> float:
@@ -188,12 +230,14 @@ def replay(config: Config, corpus: Corpus) -> tuple[list[dict[str, float]], Weig
     decays["embedding.weight"] = decays["embedding.weight"] and knobs.decay_embeddings
     mean, square = ({name: torch.zeros_like(weight) for name, weight in weights.items()} for _ in range(2))
     average: Weights = {}
+    # Whole windows behind a random offset of less than one.
+    steps_per_epoch = ((corpus.split("train").n_tokens - 1) // time - 1) / training.global_batch_size
     records = []
     for step in range(total):
         record = {"step": step + 1, "tokens": (step + 1) * n_targets}
         record |= {"train/lr": config.optimizer.lr * share_of_peak(config, step)}
         objective = loss = torch.zeros(())
-        model.train()
+        model.train(dropout_acts(config, step))  # dropouts are all that it has two modes of
         for micro_batch in range(training.micro_batches):
             batch = loader.batch(step, micro_batch * size, size)
             parts = sums_of(model, batch, config, (seed, step, micro_batch))
@@ -215,8 +259,10 @@ def replay(config: Config, corpus: Corpus) -> tuple[list[dict[str, float]], Weig
                 mean[name] = beta1 * mean[name] + (1 - beta1) * gradient
                 square[name] = beta2 * square[name] + (1 - beta2) * gradient**2
                 m, v = mean[name] / (1 - beta1 ** (step + 1)), square[name] / (1 - beta2 ** (step + 1))
-                decay = decay_at(config, step) if decays[name] else 0.0
-                weight.copy_(weight - lr * decay * weight - lr * m / (v.sqrt() + config.optimizer.eps))
+                decay = decay_at(config, step, steps_per_epoch) if decays[name] else 0.0
+                update = m / (v.sqrt() + config.optimizer.eps)
+                shrunk = (update * weight > 0) if knobs.cautious_weight_decay else torch.ones_like(weight)
+                weight.copy_(weight - lr * (update + decay * shrunk * weight))
 
         now, done = {name: weight.detach().clone() for name, weight in weights.items()}, step + 1
         if knobs.ema_decay:

@@ -59,6 +59,9 @@ def command_line() -> argparse.ArgumentParser:
             which = "what the pilot compares with the baseline; else the last"
             action.add_argument("--point", metavar="NAME", help=which)
             action.add_argument("--effects", type=numbers, metavar="X,Y", help="true gains whose power is shown")
+        if name == "report":
+            what = "evaluate the mean probability of each point's seeds too, for a column and a sentence"
+            action.add_argument("--ensembles", action="store_true", help=what)
         if name in ("run", "plan", "scale"):
             action.add_argument("--workers", metavar="N", help=f"runs at a time on this machine; {instead}")
         if name in ("run", "plan", "scale", "sweep"):
@@ -94,7 +97,7 @@ def run_and_report(study: Study, options: argparse.Namespace) -> int:
     if code != PREEMPTED:
         from studies.report import write_report
 
-        path, lines = write_report(study)
+        path, lines = write_report(study, getattr(options, "ensembles", False))
         print("\n".join(["", *lines, "", f"report            {path}"]))
     return code
 

@@ -22,6 +22,7 @@ from markupsafe import Markup
 import pictures
 from files import write_text
 from studies.decision import Values, judge_pairs, paired
+from studies.ensembles import read_ensembles, sentence, write_ensembles
 from studies.findings import Findings, answer, cautions, find, is_number, settings, short
 from studies.results import Result, write_results, write_table
 from studies.space import Point, Study
@@ -31,13 +32,15 @@ SHOWN_CURVES = 3  # points that get a colour, besides the baseline and the worst
 CHOSEN = "where it was chosen"
 
 
-def write_report(study: Study) -> tuple[Path, list[str]]:
+def write_report(study: Study, ensembles: bool = False) -> tuple[Path, list[str]]:
     """Write the report of what has run so far into the study's directory; returns its path and the answer's lines.
 
-    Raises BadInput when no run is finished.
+    ``ensembles``: also evaluate the mean of each point's seeds. Raises BadInput when no run is finished.
     """
     findings = find(study)
     directory = study.directory
+    if ensembles:
+        write_ensembles(findings)
     write_results(directory / "results.csv", study, findings.results)
     ranking = ranking_rows(findings)
     write_table(directory / "ranking.csv", ranking)
@@ -283,6 +286,8 @@ def render(findings: Findings, drawn: dict[str, Picture]) -> str:
         cautions=cautions(findings),
         drawn=drawn,
         rows=ranking_rows(findings),
+        ensembles=(averaged := read_ensembles(findings)),
+        averaged=sentence(findings, averaged),
         fresh=fresh_runs(findings),
         tuning=tuning_rows(findings),
         leading=leads(findings),

@@ -32,7 +32,7 @@ def run_study(study: Study) -> int:
     """
     points = study.points()
     number = max(len(points), 1 + (study.trials or 0))
-    print(f"{number} points on {len(study.rungs[0])} seeds, the best on more", flush=True)
+    print(f"{number} points, {len(study.rungs[0])} to {len(study.seeds)} seeds each in the search", flush=True)
     for warning in study.warnings():
         warn(warning)
     queue, crew = begin(study, design(study).wanted, stages=True)

@@ -254,6 +254,9 @@ class Regularizers(Section):
     """Adds uniform noise of this alpha / sqrt(context * width) to the embeddings (NEFTune, Jain 2023: 5 to 15)."""
     mixup_alpha: float = knob(0.0, "input", typical=0.2, ge=0)
     """Mixes the embeddings and the losses of pairs of sequences, shares from Beta(alpha, alpha) (Zhang 2018)."""
+    reversed_fraction: float = knob(0.0, "input", typical=0.5, ge=0, lt=1)
+    """This share of sequences is read and predicted from right to left; a trained vector, added to their embeddings,
+    says so (arXiv 2606.16246: half of them). For data repeated many times."""
     label_smoothing: float = knob(0.0, "objective", typical=0.1, ge=0, lt=1)
     """The target keeps 1 - this, the other tokens share it evenly (Szegedy 2016, fairseq's convention). Improves
     calibration of overconfident models."""

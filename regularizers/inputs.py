@@ -1,8 +1,9 @@
 """Regularizers that change what the model reads, drawn anew for each global micro-batch.
 
-The draws are made here; the model applies them in this order: lookup (of the replaced ids), noise, token dropout,
-mixup, and then positions and embedding dropout. Each knob has a generator of its own, so that switching one on
-changes no draw of another. Shape suffixes: B sequences of the micro-batch, T time, D width.
+The draws are made here. Sequences are turned around first, then ids are replaced; the model applies the rest in this
+order: lookup, direction, noise, token dropout, mixup, and then positions and embedding dropout. Each knob has a
+generator of its own, so that switching one on changes no draw of another. Shape suffixes: B sequences of the
+micro-batch, or of the whole step where that is said, T time, D width.
 """
 
 from __future__ import annotations
@@ -11,20 +12,80 @@ import math
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 from config import Regularizers
 from randomness import numpy_generator, torch_generator
 
 
 @dataclass(frozen=True)
+class Readings:
+    """How each sequence is read: from right to left where reversed_B (bool) says so.
+
+    They are drawn for all sequences of a step at once, so that every process knows how many targets the step has.
+    """
+
+    reversed_B: Tensor
+
+    @property
+    def ordinary_B(self) -> Tensor:
+        """The sequences that are read as if every knob were off."""
+        return ~self.reversed_B
+
+    def of(self, first: int, count: int, device: torch.device) -> Readings:
+        """The readings of ``count`` sequences of the step from number ``first`` on."""
+        return Readings(self.reversed_B[first : first + count].to(device))
+
+    def alike(self, other_B: Tensor) -> Tensor:
+        """Whether each sequence is read like the one with the number that other_B has for it."""
+        return self.reversed_B == self.reversed_B[other_B]
+
+    def targets_B(self, time: int, isolated: bool) -> Tensor:
+        """The number of targets that each sequence has; ``isolated``: documents are."""
+        # Nobody knows which document the token after the window belongs to: it is the first input of a reversed
+        # sequence only where documents don't matter.
+        return time - (self.reversed_B & isolated).long()
+
+    def apply(
+        self, tokens_BT: Tensor, targets_BT: Tensor, positions_BT: Tensor | None, documents_BT: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        """Tokens, targets, positions and documents of a batch as they are read; a target below 0 is none."""
+        reversed_B1 = self.reversed_B[:, None]
+        turned_BT, turned_targets_BT = targets_BT.flip(1), tokens_BT.flip(1)
+        if positions_BT is not None and documents_BT is not None:
+            turned_BT, turned_targets_BT = turned_targets_BT, F.pad(turned_targets_BT[:, 1:], (0, 1), value=-1)
+            documents_BT = torch.where(reversed_B1, documents_BT.flip(1), documents_BT)
+            positions_BT = torch.where(reversed_B1, positions_in(documents_BT), positions_BT)
+        tokens_BT = torch.where(reversed_B1, turned_BT, tokens_BT)
+        targets_BT = torch.where(reversed_B1, turned_targets_BT, targets_BT)
+        return tokens_BT, targets_BT, positions_BT, documents_BT
+
+
+def positions_in(documents_BT: Tensor) -> Tensor:
+    """The position of each token in its document, as far as the window shows it, from 0."""
+    index_BT = torch.arange(documents_BT.shape[1], device=documents_BT.device).expand_as(documents_BT)
+    begins_BT = documents_BT != documents_BT.roll(1, 1)
+    return index_BT - (index_BT * begins_BT).cummax(1).values
+
+
+def draw_readings(config: Regularizers, batch: int, seed: int, step: int) -> Readings | None:
+    """How the ``batch`` sequences of one step are read, on the CPU; None when every sequence is ordinary."""
+    if not config.reversed_fraction:
+        return None
+    generator = torch_generator(seed, "reversed sequences", step)
+    return Readings(torch.rand(batch, generator=generator) < config.reversed_fraction)
+
+
+@dataclass(frozen=True)
 class InputChanges:
     """What happens to the embeddings of one micro-batch; None where a knob is off.
 
-    noise_BTD is added; keep_BT multiplies (0, or 1/(1−p)); row b becomes share_B[b] of itself and the rest of
-    row partner_B[b].
+    The model's vector ``direction`` is added where readings are reversed; noise_BTD is added; keep_BT multiplies (0, or
+    1/(1−p)); row b becomes share_B[b] of itself and the rest of row partner_B[b].
     """
 
+    readings: Readings | None = None
     noise_BTD: Tensor | None = None
     keep_BT: Tensor | None = None
     partner_B: Tensor | None = None
@@ -36,8 +97,11 @@ class InputChanges:
             return None
         return targets_BT[self.partner_B].flatten(), self.share_B.repeat_interleave(targets_BT.shape[1])
 
-    def apply(self, x_BTD: Tensor) -> Tensor:
-        """The changed embeddings."""
+    def apply(self, x_BTD: Tensor, vectors: nn.ParameterDict) -> Tensor:
+        """The changed embeddings; ``vectors`` are those of the model that its regularizers train."""
+        if self.readings is not None:
+            # A product and no choice: the vector has a gradient, if only 0, in every micro-batch.
+            x_BTD = x_BTD + self.readings.reversed_B[:, None, None] * vectors["direction"]
         if self.noise_BTD is not None:
             x_BTD = x_BTD + self.noise_BTD
         if self.keep_BT is not None:
@@ -58,12 +122,19 @@ def replace_tokens(tokens_BT: Tensor, rate: float, vocab_size: int, seed: int, s
 
 
 def draw_changes(
-    shape: tuple[int, int, int], config: Regularizers, seed: int, step: int, micro_batch: int, device: torch.device
+    shape: tuple[int, int, int],
+    config: Regularizers,
+    seed: int,
+    step: int,
+    micro_batch: int,
+    device: torch.device,
+    readings: Readings | None = None,
 ) -> InputChanges | None:
-    """The changes of one micro-batch of ``shape`` (B, T, D); None when every knob is off.
+    """The changes of one micro-batch of ``shape`` (B, T, D), read like this; None when every knob is off.
 
     Token dropout: e·m/(1−p), whole positions (Iyyer 2015). Noise: U(−1, 1)·α/√(T·D) (Jain 2023). Mixup: a
-    permutation of the micro-batch and λ ~ Beta(α, α) for each sequence (Zhang 2018, Guo 2020).
+    permutation of the micro-batch and λ ~ Beta(α, α) for each sequence (Zhang 2018, Guo 2020); a sequence whose partner
+    is read otherwise stays as it is.
     """
     batch, time, width = shape
     noise_BTD = keep_BT = partner_B = share_B = None
@@ -78,9 +149,11 @@ def draw_changes(
     if config.mixup_alpha:
         generator = torch_generator(seed, "mixup partner", step, micro_batch)
         partner_B = torch.randperm(batch, generator=generator).to(device)
+        if readings is not None:
+            partner_B = torch.where(readings.alike(partner_B), partner_B, torch.arange(batch, device=device))
         alpha = config.mixup_alpha
         shares = numpy_generator(seed, "mixup share", step, micro_batch).beta(alpha, alpha, size=batch)
         share_B = torch.from_numpy(shares).float().to(device)
-    if noise_BTD is None and keep_BT is None and partner_B is None:
+    if readings is None and noise_BTD is None and keep_BT is None and partner_B is None:
         return None
-    return InputChanges(noise_BTD, keep_BT, partner_B, share_B)
+    return InputChanges(readings, noise_BTD, keep_BT, partner_B, share_B)

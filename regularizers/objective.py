@@ -38,6 +38,7 @@ def objective(
     config: Regularizers,
     n_targets: float,
     mixed: tuple[Tensor, Tensor] | None = None,
+    ordinary_N: Tensor | None = None,
 ) -> dict[str, Tensor]:
     """The objective and its terms, by name.
 
@@ -50,6 +51,7 @@ def objective(
             summing what this returns over those gives the step's means.
         mixed: mixup's second targets (N,) and the share (N,) of the first ones; the cross-entropy, smoothed or not,
             is then the mixture of both, while z-loss and entropy count once.
+        ordinary_N: the weight of each token in ``loss`` alone; None: as in the objective.
 
     Returns:
         ``objective`` is what to differentiate (nats per token). Detached: ``loss`` (plain cross-entropy) and, if
@@ -57,7 +59,7 @@ def objective(
         dtype of hidden_ND if that is float64.
     """
     value, loss, z_loss, entropy = _ChunkedObjective.apply(  # type: ignore[no-untyped-call]
-        hidden_ND, weight_VD, targets_N, config, n_targets, mixed
+        hidden_ND, weight_VD, targets_N, config, n_targets, mixed, ordinary_N
     )
     terms = {"objective": value, "loss": loss}
     if config.z_loss:
@@ -153,6 +155,7 @@ class _ChunkedObjective(torch.autograd.Function):
         config: Regularizers,
         n_targets: float,
         mixed: tuple[Tensor, Tensor] | None,
+        ordinary_N: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         kind, vocabulary = hidden_ND.device.type, len(weight_VD)
         padding = -vocabulary % VOCABULARY_MULTIPLE.get(kind, 1)
@@ -171,11 +174,12 @@ class _ChunkedObjective(torch.autograd.Function):
                 weight_R1 = (target_R1 >= 0).to(exact) / n_targets
                 targets = _Targets(target_R1.clamp(min=0), weight_R1)
                 if mixed is not None:
-                    second_R1, share_R1 = mixed[0][part, None], mixed[1][part, None].to(exact)
+                    second_R1, share_R1 = mixed[0][part, None].clamp(min=0), mixed[1][part, None].to(exact)
                     targets = replace(targets, second_R1=second_R1, share_R1=share_R1)
                 chunk = _Chunk(z_RV, targets, config)
+                ordinary_R1 = weight_R1 if ordinary_N is None else ordinary_N[part, None].to(exact)
                 for name, term_R1 in chunk.terms_R1.items():
-                    sums[name] += (weight_R1 * term_R1).sum()
+                    sums[name] += ((ordinary_R1 if name == "loss" else weight_R1) * term_R1).sum()
                 if hidden_grad is None and weight_grad is None:
                     continue
                 grad_RP = padded(chunk.gradient().to(hidden_ND.dtype), columns=padding)
@@ -195,7 +199,7 @@ class _ChunkedObjective(torch.autograd.Function):
         hidden_grad, weight_grad = context.saved_tensors
         # The objective is the last thing before backward(): its own gradient is a scalar, nearly always 1.
         scaled = [grad if grad is None else grad * value_grad.to(grad.dtype) for grad in (hidden_grad, weight_grad)]
-        return scaled[0], scaled[1], None, None, None, None
+        return scaled[0], scaled[1], None, None, None, None, None
 
 
 def _add_product(weight_grad: Tensor, grad_RP: Tensor, hidden_RD: Tensor) -> None:

@@ -9,10 +9,11 @@ import torch
 
 from config import Model, Regularizers
 from model.gpt import GPT
-from regularizers.inputs import InputChanges, draw_changes, replace_tokens
+from regularizers.inputs import InputChanges, Readings, draw_changes, draw_readings, replace_tokens
 from regularizers.objective import objective
 
 CPU = torch.device("cpu")
+NONE = torch.nn.ParameterDict()  # of the vectors that a model's regularizers train
 
 
 def test_noise_then_token_dropout_then_mixup_by_hand() -> None:
@@ -26,7 +27,51 @@ def test_noise_then_token_dropout_then_mixup_by_hand() -> None:
         partner_B=torch.tensor([1, 0]),
         share_B=torch.tensor([0.75, 0.5]),
     )
-    assert changes.apply(torch.tensor([[[1.0]], [[2.0]]])).flatten().tolist() == [3.0, 2.0]
+    assert changes.apply(torch.tensor([[[1.0]], [[2.0]]]), NONE).flatten().tolist() == [3.0, 2.0]
+
+
+def test_reversed_sequences_by_hand() -> None:
+    """Windows 1 2 3 4 and 5 6 7 8, the second read backwards: 8 7 6 predict 7 6 5."""
+    readings = Readings(torch.tensor([False, True]))
+    tokens, targets = torch.tensor([[1, 2, 3], [5, 6, 7]]), torch.tensor([[2, 3, 4], [6, 7, 8]])
+    read = readings.apply(tokens, targets, None, None)
+    assert read[0].tolist() == [[1, 2, 3], [8, 7, 6]] and read[1].tolist() == [[2, 3, 4], [7, 6, 5]]
+    assert readings.targets_B(3, isolated=False).tolist() == [3, 3] and readings.ordinary_B.tolist() == [True, False]
+    # Its embeddings, and no others, get the direction.
+    changed = InputChanges(readings).apply(
+        torch.ones(2, 3, 1), torch.nn.ParameterDict({"direction": torch.tensor([5.0])})
+    )
+    assert changed.flatten().tolist() == [1, 1, 1, 6, 6, 6]
+
+
+def test_a_reversed_sequence_of_isolated_documents_by_hand() -> None:
+    """5 6 | 7 8, and then 9, of which nobody knows the document: read are 8 7 | 6 5, and 5 has no target."""
+    documents, positions = torch.tensor([[0, 0, 1, 1]]), torch.tensor([[0, 1, 0, 1]])
+    tokens, targets = torch.tensor([[5, 6, 7, 8]]), torch.tensor([[6, 7, 8, 9]])
+    turned = Readings(torch.tensor([True]))
+    read = [part.tolist() for part in turned.apply(tokens, targets, positions, documents) if part is not None]
+    assert read == [[[8, 7, 6, 5]], [[7, 6, 5, -1]], [[0, 1, 0, 1]], [[1, 1, 0, 0]]]
+    assert turned.targets_B(4, isolated=True).tolist() == [3]
+    uneven = turned.apply(tokens, targets, torch.tensor([[0, 1, 2, 0]]), torch.tensor([[0, 0, 0, 1]]))[2]
+    assert uneven is not None and uneven.tolist() == [[0, 0, 1, 2]]
+
+
+def test_mixup_mixes_only_what_is_read_alike() -> None:
+    knobs = Regularizers(mixup_alpha=1.0, reversed_fraction=0.5)
+    for step in range(20):
+        readings = draw_readings(knobs, 8, 0, step)
+        assert readings is not None
+        changes = draw_changes((8, 4, 2), knobs, 0, step, 0, CPU, readings)
+        alone = draw_changes((8, 4, 2), knobs, 0, step, 0, CPU)
+        assert changes is not None and changes.partner_B is not None and alone is not None
+        same = readings.reversed_B == readings.reversed_B[alone.partner_B]
+        assert torch.equal(changes.partner_B, torch.where(same, alone.partner_B, torch.arange(8)))  # type: ignore[arg-type]
+
+
+def test_the_share_of_reversed_sequences() -> None:
+    drawn = [draw_readings(Regularizers(reversed_fraction=0.3), 8, 0, step) for step in range(1000)]
+    share = torch.stack([one.reversed_B for one in drawn if one is not None]).double().mean().item()
+    assert share == pytest.approx(0.3, abs=4 * math.sqrt(0.3 * 0.7 / 8000))
 
 
 def test_the_model_applies_them_before_positions() -> None:

@@ -32,6 +32,7 @@ EVERYTHING = {
     "token_replacement": 0.1,
     "embedding_noise": 5.0,
     "mixup_alpha": 0.4,
+    "reversed_fraction": 0.3,
     "label_smoothing": 0.1,
     "z_loss": 1e-4,
     "entropy_penalty": 0.05,

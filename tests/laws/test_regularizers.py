@@ -30,7 +30,8 @@ from data.loader import EvaluationBatches
 from data.shards import Corpus
 from evaluation.evaluate import evaluate
 from hardware import Hardware
-from model.gpt import GPT
+from model import gpt
+from model.gpt import AUXILIARY, GPT
 from randomness import seed_for
 from regularizers import activations, averaging, inputs, objective
 from tracking import run
@@ -55,7 +56,7 @@ COMPANIONS: dict[str, dict[str, Any]] = {
 # Typical values that would act too late to be seen within five steps.
 WITHIN_FIVE_STEPS = {"swa_every": 2, "swa_start": 0.4, "early_stopping_patience": 1, "early_stopping_min_delta": 9.0}
 # Inputs whose expectation changes, and with it what is to be learnt.
-CHANGE_THE_TASK = ("token_replacement", "mixup_alpha")
+CHANGE_THE_TASK = ("token_replacement", "mixup_alpha", "reversed_fraction")
 # With these five evaluations, one a step, none counts as an improvement after the first.
 NEVER_BETTER = {"early_stopping_min_delta": 9.0}
 
@@ -175,6 +176,8 @@ def take_out(kind: str, code: Replacements) -> None:
         code.put(activations.Dropout, "rate", lambda self: 0.0)
         code.put(activations.StochasticDepth, "forward", lambda self, x: x)
     elif kind == "input":
+        code.put(gpt, "auxiliary_parameters", lambda *rest: torch.nn.ParameterDict())
+        code.put(step, "draw_readings", lambda *rest: None)
         code.put(step, "replace_tokens", lambda tokens, *rest: tokens)
         code.put(step, "draw_changes", lambda *rest: None)
     elif kind == "objective":
@@ -253,7 +256,9 @@ def test_on_acts_in_training_only(
     results = []
     for values in (OFF, OFF | companions | {name: value}):
         model = GPT(shape, corpus.vocab_size, Regularizers.model_validate(values))
-        model.load_state_dict(on.weights)
+        auxiliary = {name for name in model.state_dict() if name.startswith(AUXILIARY)}
+        network = {name: weight for name, weight in on.weights.items() if not name.startswith(AUXILIARY)}
+        model.load_state_dict(network | {name: on.weights[name] for name in auxiliary})
         results.append(evaluate(model.train(), batches, hardware, 1.0)[0])
         assert model.training
     assert results[0] == results[1]
@@ -284,7 +289,7 @@ def test_inputs_keep_their_expectation(name: str) -> None:
     knobs = Regularizers.model_validate(OFF | {name: DECLARED[name]["typical"]})
     x_BTD = torch.full((8, 64, 4), 3.0)
     draws = [inputs.draw_changes((8, 64, 4), knobs, 0, step, 0, torch.device("cpu")) for step in range(200)]
-    changed = torch.stack([draw.apply(x_BTD) for draw in draws if draw is not None]).double()
+    changed = torch.stack([draw.apply(x_BTD, torch.nn.ParameterDict()) for draw in draws if draw is not None]).double()
     assert len(changed) == 200
     # One draw a position for token dropout, one a number for noise.
     independent = changed[..., 0] if name == "token_dropout" else changed

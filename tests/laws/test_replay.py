@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 import subprocess
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -59,6 +59,7 @@ RUNS = {
         "regularizers__token_replacement": 0.1,
         "regularizers__embedding_noise": 5.0,
         "regularizers__mixup_alpha": 0.4,
+        "regularizers__reversed_fraction": 0.4,
         "regularizers__label_smoothing": 0.1,
         "regularizers__z_loss": 1e-2,
         "regularizers__entropy_penalty": 0.05,
@@ -90,21 +91,40 @@ RUNS = {
 
 @dataclass
 class Changes:
-    """What is done to the embeddings of a micro-batch, for the network to call: noise, token dropout, mixup."""
+    """What is done to the embeddings of a micro-batch, for the network to call: direction, noise, dropout, mixup."""
 
+    reversed_B: Tensor
     noise_BTD: Tensor
     keep_BT: Tensor
     partner_B: Tensor
     share_B: Tensor
 
-    def apply(self, x_BTD: Tensor) -> Tensor:
+    def apply(self, x_BTD: Tensor, vectors: dict[str, Tensor]) -> Tensor:
+        if "direction" in vectors:
+            rows = zip(x_BTD, self.reversed_B, strict=True)
+            x_BTD = torch.stack([x_TD + int(turned) * vectors["direction"] for x_TD, turned in rows])
         x_BTD = (x_BTD + self.noise_BTD) * self.keep_BT[..., None]
         return torch.stack(
             [share * x_BTD[row] + (1 - share) * x_BTD[self.partner_B[row]] for row, share in enumerate(self.share_B)]
         )
 
 
-def changed_inputs(batch: Batch, config: Config, key: tuple[int, int, int]) -> tuple[Tensor, Changes]:
+def readings(batch: Batch, config: Config, key: tuple[int, int, int]) -> tuple[Batch, Tensor, Tensor]:
+    """The batch with some sequences turned around, which of them are, and which of the whole step's."""
+    size = config.training.micro_size
+    draws = torch.rand(
+        config.training.global_batch_size, generator=torch_generator(key[0], "reversed sequences", key[1])
+    )
+    turned = draws < config.regularizers.reversed_fraction
+    mine = turned[key[2] * size : (key[2] + 1) * size]
+    tokens_BT, targets_BT = batch.tokens_BT.clone(), batch.targets_BT.clone()
+    for row in mine.nonzero().flatten().tolist():
+        window = [int(batch.tokens_BT[row, 0]), *batch.targets_BT[row].tolist()][::-1]
+        tokens_BT[row], targets_BT[row] = torch.tensor(window[:-1]), torch.tensor(window[1:])
+    return replace(batch, tokens_BT=tokens_BT, targets_BT=targets_BT), mine, turned
+
+
+def changed_inputs(batch: Batch, mine: Tensor, config: Config, key: tuple[int, int, int]) -> tuple[Tensor, Changes]:
     """The ids with some replaced, and the changes of their embeddings; a knob that is off changes nothing."""
     knobs, (seed, *place) = config.regularizers, key
     rows, time = batch.tokens_BT.shape
@@ -121,13 +141,16 @@ def changed_inputs(batch: Batch, config: Config, key: tuple[int, int, int]) -> t
         partner_B = torch.randperm(rows, generator=torch_generator(seed, "mixup partner", *place))
         draw = numpy_generator(seed, "mixup share", *place)
         share_B = torch.from_numpy(draw.beta(knobs.mixup_alpha, knobs.mixup_alpha, size=rows))
-    return tokens_BT, Changes(noise_BTD, kept_BT.double() / (1 - knobs.token_dropout), partner_B, share_B)
+        for row, partner in enumerate(partner_B.tolist()):
+            partner_B[row] = partner if mine[row] == mine[partner] else row
+    return tokens_BT, Changes(mine, noise_BTD, kept_BT.double() / (1 - knobs.token_dropout), partner_B, share_B)
 
 
 def sums_of(model: GPT, batch: Batch, config: Config, key: tuple[int, int, int]) -> tuple[Tensor, Tensor]:
     """The objective and the plain cross-entropy of a micro-batch, summed over its tokens."""
     knobs = config.regularizers
-    tokens_BT, changes = changed_inputs(batch, config, key)
+    batch, mine, turned = readings(batch, config, key)
+    tokens_BT, changes = changed_inputs(batch, mine, config, key)
     seed_activations(*key)
     logits_BTV = model.logits(model(tokens_BT, changes=changes))  # type: ignore[arg-type]
     log_p_BTV = logits_BTV - logits_BTV.exp().sum(-1, keepdim=True).log()
@@ -138,7 +161,8 @@ def sums_of(model: GPT, batch: Batch, config: Config, key: tuple[int, int, int])
             target_T1 = batch.targets_BT[target_row][:, None]
             log_p_T = log_p_BTV[row].gather(1, target_T1)[:, 0]
             rest_T = log_p_BTV[row].sum(1) - log_p_T
-            loss = loss - weight * log_p_T.sum()
+            if not mine[row]:  # the plain loss is that of ordinary sequences
+                loss = loss - weight * log_p_T.sum() * len(turned) / max(1, (~turned).sum())
             objective = objective - weight * ((1 - knobs.label_smoothing) * log_p_T + rest_T / others).sum()
     objective = objective + knobs.z_loss * logits_BTV.exp().sum(-1).log().square().sum()
     objective = objective + knobs.entropy_penalty * (log_p_BTV.exp() * log_p_BTV).sum()

@@ -257,6 +257,9 @@ class Regularizers(Section):
     reversed_fraction: float = knob(0.0, "input", typical=0.5, ge=0, lt=1)
     """This share of sequences is read and predicted from right to left; a trained vector, added to their embeddings,
     says so (arXiv 2606.16246: half of them). For data repeated many times."""
+    target_offset: int = knob(1, "input", typical=5, off=1, ge=1)
+    """Predict the token i ahead, i from 1 to this, drawn for each sequence in proportion to exp(-i); a trained vector
+    for each i above 1, added to the embeddings, says so (arXiv 2606.16246: up to 5). For data repeated many times."""
     label_smoothing: float = knob(0.0, "objective", typical=0.1, ge=0, lt=1)
     """The target keeps 1 - this, the other tokens share it evenly (Szegedy 2016, fairseq's convention). Improves
     calibration of overconfident models."""
@@ -394,6 +397,10 @@ class Config(Section):
             raise ValueError("regularizers.mixup_alpha excludes data.isolate_documents: mixtures have no documents")
         if self.regularizers.mixup_alpha and self.training.micro_size < 2:
             raise ValueError("regularizers.mixup_alpha mixes pairs: training.micro_batch_size must be at least 2")
+        offset, context = self.regularizers.target_offset, self.model.context_length
+        if offset >= context:
+            sizes = f"regularizers.target_offset={offset} must be below model.context_length={context}"
+            raise ValueError(f"{sizes}: a window has no token so far ahead; lower it")
         warmup, steps = self.schedule.warmup_steps or 0, self.training.max_steps
         if self.schedule.name != "cosine" and steps is not None and warmup >= steps:
             lengths = f"schedule.warmup_steps={warmup} must be below training.max_steps={steps}"

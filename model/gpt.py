@@ -33,7 +33,7 @@ INITIAL = {
     r"blocks\.\d+\.(attention|mlp)\.output\.weight": "residual",
     r"(.*\.)?(\w+_)?norm\.weight": "one",
     r".*\.bias": "zero",
-    r"auxiliary\.direction": "normal",
+    r"auxiliary\.(direction|offset)": "normal",
 }
 AUXILIARY = "auxiliary."  # how the names of parameters begin that only regularizers use, and nobody exports
 
@@ -273,6 +273,8 @@ def auxiliary_parameters(config: Regularizers, width: int) -> nn.ParameterDict:
     parameters = nn.ParameterDict()
     if config.reversed_fraction:
         parameters["direction"] = nn.Parameter(torch.empty(width))
+    if config.target_offset > 1:
+        parameters["offset"] = nn.Parameter(torch.empty(config.target_offset - 1, width))
     return parameters
 
 

@@ -1,9 +1,9 @@
 """Regularizers that change what the model reads, drawn anew for each global micro-batch.
 
 The draws are made here. Sequences are turned around first, then ids are replaced; the model applies the rest in this
-order: lookup, direction, noise, token dropout, mixup, and then positions and embedding dropout. Each knob has a
-generator of its own, so that switching one on changes no draw of another. Shape suffixes: B sequences of the
-micro-batch, or of the whole step where that is said, T time, D width.
+order: lookup, direction and offset, noise, token dropout, mixup, and then positions and embedding dropout. Each knob
+has a generator of its own, so that switching one on changes no draw of another. Shape suffixes: B sequences of the
+micro-batch, or of the whole step where that is said, T time, D width, K offsets.
 """
 
 from __future__ import annotations
@@ -21,31 +21,33 @@ from randomness import numpy_generator, torch_generator
 
 @dataclass(frozen=True)
 class Readings:
-    """How each sequence is read: from right to left where reversed_B (bool) says so.
+    """How each sequence is read: from right to left where reversed_B (bool), and for targets offset_B tokens ahead.
 
     They are drawn for all sequences of a step at once, so that every process knows how many targets the step has.
     """
 
     reversed_B: Tensor
+    offset_B: Tensor
 
     @property
     def ordinary_B(self) -> Tensor:
         """The sequences that are read as if every knob were off."""
-        return ~self.reversed_B
+        return ~self.reversed_B & (self.offset_B == 1)
 
     def of(self, first: int, count: int, device: torch.device) -> Readings:
         """The readings of ``count`` sequences of the step from number ``first`` on."""
-        return Readings(self.reversed_B[first : first + count].to(device))
+        rows = slice(first, first + count)
+        return Readings(self.reversed_B[rows].to(device), self.offset_B[rows].to(device))
 
     def alike(self, other_B: Tensor) -> Tensor:
         """Whether each sequence is read like the one with the number that other_B has for it."""
-        return self.reversed_B == self.reversed_B[other_B]
+        return (self.reversed_B == self.reversed_B[other_B]) & (self.offset_B == self.offset_B[other_B])
 
     def targets_B(self, time: int, isolated: bool) -> Tensor:
         """The number of targets that each sequence has; ``isolated``: documents are."""
         # Nobody knows which document the token after the window belongs to: it is the first input of a reversed
         # sequence only where documents don't matter.
-        return time - (self.reversed_B & isolated).long()
+        return time + 1 - self.offset_B - (self.reversed_B & isolated).long()
 
     def apply(
         self, tokens_BT: Tensor, targets_BT: Tensor, positions_BT: Tensor | None, documents_BT: Tensor | None
@@ -59,6 +61,9 @@ class Readings:
             positions_BT = torch.where(reversed_B1, positions_in(documents_BT), positions_BT)
         tokens_BT = torch.where(reversed_B1, turned_BT, tokens_BT)
         targets_BT = torch.where(reversed_B1, turned_targets_BT, targets_BT)
+        ahead_BT = torch.arange(targets_BT.shape[1], device=targets_BT.device) + self.offset_B[:, None] - 1
+        inside_BT = ahead_BT < targets_BT.shape[1]
+        targets_BT = torch.where(inside_BT, targets_BT.gather(1, ahead_BT * inside_BT), -1)
         return tokens_BT, targets_BT, positions_BT, documents_BT
 
 
@@ -70,19 +75,28 @@ def positions_in(documents_BT: Tensor) -> Tensor:
 
 
 def draw_readings(config: Regularizers, batch: int, seed: int, step: int) -> Readings | None:
-    """How the ``batch`` sequences of one step are read, on the CPU; None when every sequence is ordinary."""
-    if not config.reversed_fraction:
+    """How the ``batch`` sequences of one step are read, on the CPU; None when every sequence is ordinary.
+
+    The offsets i = 1 … target_offset have probabilities in proportion to exp(−i).
+    """
+    if not config.reversed_fraction and config.target_offset == 1:
         return None
     generator = torch_generator(seed, "reversed sequences", step)
-    return Readings(torch.rand(batch, generator=generator) < config.reversed_fraction)
+    reversed_B = torch.rand(batch, generator=generator) < config.reversed_fraction
+    below_K = torch.exp(-torch.arange(config.target_offset, dtype=torch.float64)).cumsum(0)
+    drawn_B = below_K[-1] * torch.rand(
+        batch, dtype=torch.float64, generator=torch_generator(seed, "target offset", step)
+    )
+    return Readings(reversed_B, 1 + (drawn_B[:, None] >= below_K[:-1]).sum(1))
 
 
 @dataclass(frozen=True)
 class InputChanges:
     """What happens to the embeddings of one micro-batch; None where a knob is off.
 
-    The model's vector ``direction`` is added where readings are reversed; noise_BTD is added; keep_BT multiplies (0, or
-    1/(1−p)); row b becomes share_B[b] of itself and the rest of row partner_B[b].
+    The model's vector ``direction`` is added where readings are reversed, and its vector ``offset``[i − 2] where they
+    have the offset i > 1; noise_BTD is added; keep_BT multiplies (0, or 1/(1−p)); row b becomes share_B[b] of itself
+    and the rest of row partner_B[b].
     """
 
     readings: Readings | None = None
@@ -100,8 +114,11 @@ class InputChanges:
     def apply(self, x_BTD: Tensor, vectors: nn.ParameterDict) -> Tensor:
         """The changed embeddings; ``vectors`` are those of the model that its regularizers train."""
         if self.readings is not None:
-            # A product and no choice: the vector has a gradient, if only 0, in every micro-batch.
-            x_BTD = x_BTD + self.readings.reversed_B[:, None, None] * vectors["direction"]
+            # Products and no choice: each vector has a gradient, if only 0, in every micro-batch.
+            if "direction" in vectors:
+                x_BTD = x_BTD + self.readings.reversed_B[:, None, None] * vectors["direction"]
+            for number, vector_D in enumerate(vectors.get("offset", ()), start=2):
+                x_BTD = x_BTD + (self.readings.offset_B == number)[:, None, None] * vector_D
         if self.noise_BTD is not None:
             x_BTD = x_BTD + self.noise_BTD
         if self.keep_BT is not None:

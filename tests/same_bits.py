@@ -33,6 +33,7 @@ EVERYTHING = {
     "regularizers.embedding_noise": 5.0,
     "regularizers.mixup_alpha": 0.2,
     "regularizers.reversed_fraction": 0.3,
+    "regularizers.target_offset": 3,
     "regularizers.label_smoothing": 0.1,
     "regularizers.z_loss": 1e-4,
     "regularizers.entropy_penalty": 0.1,

@@ -32,7 +32,7 @@ def test_noise_then_token_dropout_then_mixup_by_hand() -> None:
 
 def test_reversed_sequences_by_hand() -> None:
     """Windows 1 2 3 4 and 5 6 7 8, the second read backwards: 8 7 6 predict 7 6 5."""
-    readings = Readings(torch.tensor([False, True]))
+    readings = Readings(torch.tensor([False, True]), torch.ones(2, dtype=torch.long))
     tokens, targets = torch.tensor([[1, 2, 3], [5, 6, 7]]), torch.tensor([[2, 3, 4], [6, 7, 8]])
     read = readings.apply(tokens, targets, None, None)
     assert read[0].tolist() == [[1, 2, 3], [8, 7, 6]] and read[1].tolist() == [[2, 3, 4], [7, 6, 5]]
@@ -48,7 +48,7 @@ def test_a_reversed_sequence_of_isolated_documents_by_hand() -> None:
     """5 6 | 7 8, and then 9, of which nobody knows the document: read are 8 7 | 6 5, and 5 has no target."""
     documents, positions = torch.tensor([[0, 0, 1, 1]]), torch.tensor([[0, 1, 0, 1]])
     tokens, targets = torch.tensor([[5, 6, 7, 8]]), torch.tensor([[6, 7, 8, 9]])
-    turned = Readings(torch.tensor([True]))
+    turned = Readings(torch.tensor([True]), torch.tensor([1]))
     read = [part.tolist() for part in turned.apply(tokens, targets, positions, documents) if part is not None]
     assert read == [[[8, 7, 6, 5]], [[7, 6, 5, -1]], [[0, 1, 0, 1]], [[1, 1, 0, 0]]]
     assert turned.targets_B(4, isolated=True).tolist() == [3]
@@ -56,15 +56,41 @@ def test_a_reversed_sequence_of_isolated_documents_by_hand() -> None:
     assert uneven is not None and uneven.tolist() == [[0, 0, 1, 2]]
 
 
+def test_offsets_by_hand() -> None:
+    """Of the window 1 2 3 4 5 the targets one, two and three ahead; backwards two ahead: 5 4 3 2 predict 3 2 1."""
+    readings = Readings(torch.tensor([False, False, False, True]), torch.tensor([1, 2, 3, 2]))
+    tokens, targets = torch.tensor([[1, 2, 3, 4]] * 4), torch.tensor([[2, 3, 4, 5]] * 4)
+    read = readings.apply(tokens, targets, None, None)
+    assert read[0].tolist() == [[1, 2, 3, 4]] * 3 + [[5, 4, 3, 2]]
+    assert read[1].tolist() == [[2, 3, 4, 5], [3, 4, 5, -1], [4, 5, -1, -1], [3, 2, 1, -1]]
+    assert readings.targets_B(4, isolated=False).tolist() == [4, 3, 2, 3]
+    assert readings.ordinary_B.tolist() == [True, False, False, False]
+    isolated = readings.apply(tokens, targets, torch.arange(4).expand(4, 4), torch.zeros(4, 4).long())
+    assert isolated[1].tolist()[3] == [2, 1, -1, -1] and readings.targets_B(4, isolated=True).tolist() == [4, 3, 2, 2]
+    vectors = torch.nn.ParameterDict({"direction": torch.tensor([5.0]), "offset": torch.tensor([[10.0], [20.0]])})
+    assert InputChanges(readings).apply(torch.zeros(4, 1, 1), vectors).flatten().tolist() == [0, 10, 20, 15]
+
+
+def test_offsets_are_drawn_in_proportion_to_exp() -> None:
+    """p(i) = e^-i / (e^-1 + e^-2 + e^-3): 0.6652, 0.2447, 0.0900."""
+    drawn = [draw_readings(Regularizers(target_offset=3), 8, 0, step) for step in range(2000)]
+    offsets = torch.cat([one.offset_B for one in drawn if one is not None])
+    for offset, share in ((1, 0.66524), (2, 0.24473), (3, 0.09003)):
+        error = math.sqrt(share * (1 - share) / len(offsets))
+        assert (offsets == offset).double().mean().item() == pytest.approx(share, abs=4 * error)
+    assert not any(one.reversed_B.any() for one in drawn if one is not None)
+
+
 def test_mixup_mixes_only_what_is_read_alike() -> None:
-    knobs = Regularizers(mixup_alpha=1.0, reversed_fraction=0.5)
+    knobs = Regularizers(mixup_alpha=1.0, reversed_fraction=0.5, target_offset=2)
     for step in range(20):
         readings = draw_readings(knobs, 8, 0, step)
         assert readings is not None
         changes = draw_changes((8, 4, 2), knobs, 0, step, 0, CPU, readings)
         alone = draw_changes((8, 4, 2), knobs, 0, step, 0, CPU)
         assert changes is not None and changes.partner_B is not None and alone is not None
-        same = readings.reversed_B == readings.reversed_B[alone.partner_B]
+        kinds = list(zip(readings.reversed_B.tolist(), readings.offset_B.tolist(), strict=True))
+        same = torch.tensor([kinds[row] == kinds[partner] for row, partner in enumerate(alone.partner_B)])
         assert torch.equal(changes.partner_B, torch.where(same, alone.partner_B, torch.arange(8)))  # type: ignore[arg-type]
 
 

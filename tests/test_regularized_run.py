@@ -33,6 +33,7 @@ EVERYTHING = {
     "embedding_noise": 5.0,
     "mixup_alpha": 0.4,
     "reversed_fraction": 0.3,
+    "target_offset": 3,
     "label_smoothing": 0.1,
     "z_loss": 1e-4,
     "entropy_penalty": 0.05,

@@ -56,7 +56,7 @@ COMPANIONS: dict[str, dict[str, Any]] = {
 # Typical values that would act too late to be seen within five steps.
 WITHIN_FIVE_STEPS = {"swa_every": 2, "swa_start": 0.4, "early_stopping_patience": 1, "early_stopping_min_delta": 9.0}
 # Inputs whose expectation changes, and with it what is to be learnt.
-CHANGE_THE_TASK = ("token_replacement", "mixup_alpha", "reversed_fraction")
+CHANGE_THE_TASK = ("token_replacement", "mixup_alpha", "reversed_fraction", "target_offset")
 # With these five evaluations, one a step, none counts as an improvement after the first.
 NEVER_BETTER = {"early_stopping_min_delta": 9.0}
 

@@ -34,6 +34,7 @@ INITIAL = {
     r"(.*\.)?(\w+_)?norm\.weight": "one",
     r".*\.bias": "zero",
     r"auxiliary\.(direction|offset)": "normal",
+    r"auxiliary\.after_next": "identity",
 }
 AUXILIARY = "auxiliary."  # how the names of parameters begin that only regularizers use, and nobody exports
 
@@ -255,6 +256,9 @@ class GPT(nn.Module):
             rules = [rule for pattern, rule in INITIAL.items() if re.fullmatch(pattern, name)]
             if len(rules) != 1:
                 raise ValueError(f"the parameter {name} matches {len(rules)} rows of the table of initial values")
+            if rules[0] == "identity":
+                nn.init.eye_(parameter)
+                continue
             if rules[0] in ("one", "zero"):
                 parameter.fill_(1.0 if rules[0] == "one" else 0.0)
                 continue
@@ -275,6 +279,8 @@ def auxiliary_parameters(config: Regularizers, width: int) -> nn.ParameterDict:
         parameters["direction"] = nn.Parameter(torch.empty(width))
     if config.target_offset > 1:
         parameters["offset"] = nn.Parameter(torch.empty(config.target_offset - 1, width))
+    if config.multi_token_weight:
+        parameters["after_next"] = nn.Parameter(torch.empty(width, width))
     return parameters
 
 

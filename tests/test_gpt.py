@@ -131,13 +131,15 @@ def test_initial_values_are_those_of_the_table(family: str, tied: bool) -> None:
 
 
 def test_what_regularizers_train_begins_as_said() -> None:
-    """Vectors are drawn like embeddings."""
+    """Vectors are drawn like embeddings, the matrix is the identity."""
     knobs = Regularizers.model_validate(WITH_PARAMETERS)
     auxiliary = GPT(shape("llama", d_model=512, n_heads=2), 31, knobs).initialize(0).auxiliary
     assert {name: tuple(values.shape) for name, values in auxiliary.items()} == {
         "direction": (512,),
         "offset": (2, 512),
+        "after_next": (512, 512),
     }
+    assert torch.equal(auxiliary.pop("after_next"), torch.eye(512))
     for name, values in auxiliary.items():
         assert values.std().item() == pytest.approx(0.02, rel=0.2), name
     assert not len(GPT(shape("llama"), 31).auxiliary)

@@ -37,6 +37,7 @@ EVERYTHING = {
     "label_smoothing": 0.1,
     "z_loss": 1e-4,
     "entropy_penalty": 0.05,
+    "multi_token_weight": 0.3,
     "weight_decay": 0.2,
     "weight_decay_schedule": "cosine",
     "l1": 1e-5,

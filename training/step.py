@@ -20,7 +20,7 @@ from hardware import Hardware
 from model.gpt import GPT
 from randomness import seed_activations
 from regularizers.inputs import Readings, draw_changes, draw_readings, replace_tokens
-from regularizers.objective import objective
+from regularizers.objective import multi_token_terms, objective
 from regularizers.weights import add_penalty_gradients
 from training.faults import inject_fault
 from training.learner import Learner
@@ -109,16 +109,24 @@ def differentiate(
     seed_activations(*key)
     with hardware.autocast():
         hidden_BTD = forward(tokens_BT, batch.positions_BT, batch.documents_BT, changes=changes)
+    hidden_BTD, targets_BT = hidden_BTD.to(hardware.dtype), batch.targets_BT
+    mixed = changes.mixed_targets(targets_BT) if changes else None
     ordinary_BT = None if readings is None else readings.ordinary_B[:, None].expand_as(tokens_BT) / max(1, n_ordinary)
     terms = objective(
-        hidden_BTD.flatten(0, 1).to(hardware.dtype),
+        hidden_BTD.flatten(0, 1),
         model.output_weight,
-        batch.targets_BT.flatten(),
+        targets_BT.flatten(),
         regularizers,
         n_targets,
-        mixed=changes.mixed_targets(batch.targets_BT) if changes else None,
+        mixed=mixed,
         ordinary_N=None if ordinary_BT is None else ordinary_BT.flatten(),
     )
+    n_after_next = max(1, n_targets - config.training.global_batch_size)
+    second = multi_token_terms(
+        hidden_BTD, model.auxiliary, model.output_weight, targets_BT, regularizers, n_after_next, mixed
+    )
+    for name, term in second.items():
+        terms[name] = terms[name] + term if name in terms else term
     terms["objective"].backward()
     if not n_ordinary:  # on no process: the step has no plain loss
         del terms["loss"]

@@ -181,7 +181,9 @@ def take_out(kind: str, code: Replacements) -> None:
         code.put(step, "replace_tokens", lambda tokens, *rest: tokens)
         code.put(step, "draw_changes", lambda *rest: None)
     elif kind == "objective":
+        code.put(gpt, "auxiliary_parameters", lambda *rest: torch.nn.ParameterDict())
         code.put(step, "objective", without_objective_terms())
+        code.put(step, "multi_token_terms", lambda *rest: {})
     elif kind == "weights":
         plain = torch.optim.Adam  # has no decay at all
 

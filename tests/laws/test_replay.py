@@ -65,6 +65,7 @@ RUNS = {
         "regularizers__label_smoothing": 0.1,
         "regularizers__z_loss": 1e-2,
         "regularizers__entropy_penalty": 0.05,
+        "regularizers__multi_token_weight": 0.3,
         "regularizers__weight_decay": 2.0,
         "regularizers__weight_decay_schedule": "cosine",
         "regularizers__weight_decay_end": 0.5,
@@ -160,15 +161,20 @@ def changed_inputs(
 
 def sums_of(
     model: GPT, batch: Batch, kinds: list[Kind], config: Config, key: tuple[int, int, int]
-) -> tuple[Tensor, Tensor]:
-    """The objective and the plain cross-entropy of ordinary sequences of a micro-batch, summed over its tokens."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Of a micro-batch, summed over its tokens: the objective without those of a weight of their own, the plain
+    cross-entropy of ordinary sequences, and that of the token after next.
+    """
     knobs = config.regularizers
     batch = as_read(batch, kinds)
     tokens_BT, changes = changed_inputs(batch, kinds, config, key)
     seed_activations(*key)
-    logits_BTV = model.logits(model(tokens_BT, changes=changes))  # type: ignore[arg-type]
+    hidden_BTD = model(tokens_BT, changes=changes)  # type: ignore[arg-type]
+    logits_BTV = model.logits(hidden_BTD)
     log_p_BTV = logits_BTV - logits_BTV.exp().sum(-1, keepdim=True).log()
-    objective, loss = torch.zeros(()), torch.zeros(())
+    after_next = model.auxiliary["after_next"] if knobs.multi_token_weight else torch.eye(hidden_BTD.shape[-1]).double()
+    log_p_after_BTV = model.logits(hidden_BTD @ after_next.T).log_softmax(-1)
+    objective, loss, second = torch.zeros(()), torch.zeros(()), torch.zeros(())
     for row, share in enumerate(changes.share_B):
         n = logits_BTV.shape[1] + 1 - kinds[row][1]
         others = (logits_BTV.shape[-1] - 1) / knobs.label_smoothing if knobs.label_smoothing else math.inf
@@ -178,11 +184,13 @@ def sums_of(
             rest_T = log_p_BTV[row][:n].sum(1) - log_p_T
             if kinds[row] == (False, 1):
                 loss = loss - weight * log_p_T.sum()
+            log_p_after = log_p_after_BTV[row][: n - 1].gather(1, target_T1[1:])
+            second = second - weight * log_p_after.sum()
             objective = objective - weight * ((1 - knobs.label_smoothing) * log_p_T + rest_T / others).sum()
         log_p_TV = log_p_BTV[row][:n]
         objective = objective + knobs.z_loss * logits_BTV[row][:n].exp().sum(-1).log().square().sum()
         objective = objective + knobs.entropy_penalty * (log_p_TV.exp() * log_p_TV).sum()
-    return objective, loss.detach()
+    return objective, loss.detach(), second
 
 
 def share_of_peak(config: Config, step: int) -> float:
@@ -234,13 +242,16 @@ def replay(config: Config, corpus: Corpus) -> tuple[list[dict[str, float]], Weig
         n_ordinary = time * kinds.count((False, 1))
         record = {"step": step + 1, "tokens": (step + 1) * training.global_batch_size * time}
         record |= {"train/lr": config.optimizer.lr * share_of_peak(config, step)}
-        objective = loss = torch.zeros(())
+        objective = loss = second = torch.zeros(())
         model.train()
         for micro_batch in range(training.micro_batches):
             batch = loader.batch(step, micro_batch * size, size)
             mine = kinds[micro_batch * size : (micro_batch + 1) * size]
             parts = sums_of(model, batch, mine, config, (seed, step, micro_batch))
             objective, loss = objective + parts[0] / n_targets, loss + parts[1] / max(1, n_ordinary)
+            second = second + parts[2] / (n_targets - training.global_batch_size)
+        objective = objective + knobs.multi_token_weight * second
+        record |= {"train/multi_token_loss": second.item()} if knobs.multi_token_weight else {}
         record |= {"train/objective": objective.item()} | ({"train/loss": loss.item()} if n_ordinary else {})
         for name, weight in weights.items():
             if decays[name]:
@@ -295,7 +306,9 @@ def test_a_run_is_its_replay_in_float64(
         for key, value in theirs.items():
             tolerance = {"abs": 1e-5} if key == "gap/loss" else {"rel": 3e-6}  # a difference of two losses
             assert ours[key] == pytest.approx(value, **tolerance), (ours["step"], key)
-        assert all((key in ours) == (key in theirs) for key in ("val_average/loss", "train/loss"))
+        assert all(
+            (key in ours) == (key in theirs) for key in ("val_average/loss", "train/loss", "train/multi_token_loss")
+        )
     last, far = existing(tmp_path / "runs/tiny/checkpoints")[0], 0
     for file, tensors in (("model", weights), ("average", average)):
         stored = read_tensors(last, file)

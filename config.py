@@ -270,6 +270,11 @@ class Regularizers(Section):
     multi_token_weight: float = knob(0.0, "objective", typical=0.3, ge=0)
     """Times the cross-entropy of the token after next, predicted through a trained matrix that is not exported
     (Gloeckle 2024; 0.3 in DeepSeek-V3). Said to help on scarce data; small models may lose."""
+    masked_input_weight: float = knob(0.0, "objective", typical=0.4, ge=0)
+    """Times the cross-entropy of a second pass, in which a trained vector takes the place of some input embeddings
+    (arXiv 2606.06888: 0.4). For data repeated many times; a step takes about twice the time."""
+    masked_input_rate: float = knob(0.5, "modifier", typical=0.3, off=0.5, gt=0, le=1)
+    """The share of replaced embeddings is drawn for each sequence, evenly between 0 and this."""
     weight_decay: float = knob(0.1, "weights", typical=0.1, ge=0)
     """Decoupled decay: w <- w (1 - lr * this) before each step (Loshchilov & Hutter 2019). Repeated data: 1 to 3."""
     weight_decay_schedule: Literal["constant", "linear", "cosine"] = knob(

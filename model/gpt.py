@@ -33,7 +33,7 @@ INITIAL = {
     r"blocks\.\d+\.(attention|mlp)\.output\.weight": "residual",
     r"(.*\.)?(\w+_)?norm\.weight": "one",
     r".*\.bias": "zero",
-    r"auxiliary\.(direction|offset)": "normal",
+    r"auxiliary\.(direction|offset|mask)": "normal",
     r"auxiliary\.after_next": "identity",
 }
 AUXILIARY = "auxiliary."  # how the names of parameters begin that only regularizers use, and nobody exports
@@ -279,6 +279,8 @@ def auxiliary_parameters(config: Regularizers, width: int) -> nn.ParameterDict:
         parameters["direction"] = nn.Parameter(torch.empty(width))
     if config.target_offset > 1:
         parameters["offset"] = nn.Parameter(torch.empty(config.target_offset - 1, width))
+    if config.masked_input_weight:
+        parameters["mask"] = nn.Parameter(torch.empty(width))
     if config.multi_token_weight:
         parameters["after_next"] = nn.Parameter(torch.empty(width, width))
     return parameters

@@ -1,15 +1,15 @@
 """Regularizers that change what the model reads, drawn anew for each global micro-batch.
 
 The draws are made here. Sequences are turned around first, then ids are replaced; the model applies the rest in this
-order: lookup, direction and offset, noise, token dropout, mixup, and then positions and embedding dropout. Each knob
-has a generator of its own, so that switching one on changes no draw of another. Shape suffixes: B sequences of the
+order: lookup, mask, direction and offset, noise, token dropout, mixup, and then positions and embedding dropout. Each
+knob has a generator of its own, so that switching one on changes no draw of another. Shape suffixes: B sequences of the
 micro-batch, or of the whole step where that is said, T time, D width, K offsets.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -94,9 +94,9 @@ def draw_readings(config: Regularizers, batch: int, seed: int, step: int) -> Rea
 class InputChanges:
     """What happens to the embeddings of one micro-batch; None where a knob is off.
 
-    The model's vector ``direction`` is added where readings are reversed, and its vector ``offset``[i − 2] where they
-    have the offset i > 1; noise_BTD is added; keep_BT multiplies (0, or 1/(1−p)); row b becomes share_B[b] of itself
-    and the rest of row partner_B[b].
+    The model's vector ``mask`` is in place of the embeddings where masked_BT (bool). Its vector ``direction`` is added
+    where readings are reversed, and its vector ``offset``[i − 2] where they have the offset i > 1; noise_BTD is added;
+    keep_BT multiplies (0, or 1/(1−p)); row b becomes share_B[b] of itself and the rest of row partner_B[b].
     """
 
     readings: Readings | None = None
@@ -104,6 +104,7 @@ class InputChanges:
     keep_BT: Tensor | None = None
     partner_B: Tensor | None = None
     share_B: Tensor | None = None
+    masked_BT: Tensor | None = None
 
     def mixed_targets(self, targets_BT: Tensor) -> tuple[Tensor, Tensor] | None:
         """The partners' targets and the share of the own ones, both (B·T,), for the objective; None without mixup."""
@@ -113,6 +114,8 @@ class InputChanges:
 
     def apply(self, x_BTD: Tensor, vectors: nn.ParameterDict) -> Tensor:
         """The changed embeddings; ``vectors`` are those of the model that its regularizers train."""
+        if self.masked_BT is not None:
+            x_BTD = torch.where(self.masked_BT[..., None], vectors["mask"], x_BTD)
         if self.readings is not None:
             # Products and no choice: each vector has a gradient, if only 0, in every micro-batch.
             if "direction" in vectors:
@@ -174,3 +177,25 @@ def draw_changes(
     if readings is None and noise_BTD is None and keep_BT is None and partner_B is None:
         return None
     return InputChanges(readings, noise_BTD, keep_BT, partner_B, share_B)
+
+
+def mask_inputs(
+    changes: InputChanges | None,
+    shape: tuple[int, int],
+    config: Regularizers,
+    seed: int,
+    step: int,
+    micro_batch: int,
+    device: torch.device,
+) -> InputChanges | None:
+    """The changes of the second pass over a micro-batch of ``shape`` (B, T): those of the first, and masked inputs.
+
+    Each sequence draws its rate from U(0, masked_input_rate), and each of its positions whether it is masked (arXiv
+    2606.06888). None when masked_input_weight is 0.
+    """
+    if not config.masked_input_weight:
+        return None
+    generator = torch_generator(seed, "masked inputs", step, micro_batch)
+    rate_B1 = config.masked_input_rate * torch.rand(shape[0], 1, generator=generator)
+    masked_BT = torch.rand(shape, generator=generator) < rate_B1
+    return replace(changes or InputChanges(), masked_BT=masked_BT.to(device))

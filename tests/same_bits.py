@@ -38,6 +38,7 @@ EVERYTHING = {
     "regularizers.z_loss": 1e-4,
     "regularizers.entropy_penalty": 0.1,
     "regularizers.multi_token_weight": 0.3,
+    "regularizers.masked_input_weight": 0.4,
     "regularizers.weight_decay": 0.5,
     "regularizers.l1": 1e-5,
     "regularizers.l2": 1e-4,

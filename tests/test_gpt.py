@@ -137,6 +137,7 @@ def test_what_regularizers_train_begins_as_said() -> None:
     assert {name: tuple(values.shape) for name, values in auxiliary.items()} == {
         "direction": (512,),
         "offset": (2, 512),
+        "mask": (512,),
         "after_next": (512, 512),
     }
     assert torch.equal(auxiliary.pop("after_next"), torch.eye(512))

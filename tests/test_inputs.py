@@ -9,7 +9,7 @@ import torch
 
 from config import Model, Regularizers
 from model.gpt import GPT
-from regularizers.inputs import InputChanges, Readings, draw_changes, draw_readings, replace_tokens
+from regularizers.inputs import InputChanges, Readings, draw_changes, draw_readings, mask_inputs, replace_tokens
 from regularizers.objective import objective
 
 CPU = torch.device("cpu")
@@ -79,6 +79,33 @@ def test_offsets_are_drawn_in_proportion_to_exp() -> None:
         error = math.sqrt(share * (1 - share) / len(offsets))
         assert (offsets == offset).double().mean().item() == pytest.approx(share, abs=4 * error)
     assert not any(one.reversed_B.any() for one in drawn if one is not None)
+
+
+def test_masked_inputs_by_hand() -> None:
+    """The mask takes the place of an embedding before anything is added: 7 + 5 (reversed) + 1 (noise); 2 + 5 + 1."""
+    changes = InputChanges(
+        readings=Readings(torch.tensor([True]), torch.tensor([1])),
+        noise_BTD=torch.ones(1, 2, 1),
+        masked_BT=torch.tensor([[True, False]]),
+    )
+    vectors = torch.nn.ParameterDict({"direction": torch.tensor([5.0]), "mask": torch.tensor([7.0])})
+    assert changes.apply(torch.tensor([[[1.0], [2.0]]]), vectors).flatten().tolist() == [13, 8]
+
+
+def test_the_rate_of_masked_inputs_is_uniform_over_sequences() -> None:
+    """Shares of 20,000 positions in 512 sequences: mean and variance of U(0, 0.6), and nothing beyond its end."""
+    knobs = Regularizers(masked_input_weight=1, masked_input_rate=0.6)
+    changes = mask_inputs(None, (512, 20_000), knobs, 0, 0, 0, CPU)
+    assert changes is not None and changes.masked_BT is not None
+    shares = changes.masked_BT.double().mean(1)
+    assert shares.mean().item() == pytest.approx(0.3, abs=4 * 0.6 / math.sqrt(12 * 512))
+    assert shares.var().item() == pytest.approx(0.6**2 / 12, rel=0.2)
+    assert shares.min() < 0.02 and 0.58 < shares.max() < 0.62
+    first = draw_changes((4, 8, 2), Regularizers(token_dropout=0.5, mixup_alpha=1), 0, 0, 0, CPU)
+    again = mask_inputs(first, (4, 8), knobs, 0, 0, 0, CPU)
+    assert first is not None and again is not None  # in all else the second pass is as the first
+    assert again.keep_BT is first.keep_BT and again.partner_B is first.partner_B and again.share_B is first.share_B
+    assert mask_inputs(first, (4, 8), Regularizers(), 0, 0, 0, CPU) is None
 
 
 def test_mixup_mixes_only_what_is_read_alike() -> None:

@@ -38,6 +38,7 @@ EVERYTHING = {
     "z_loss": 1e-4,
     "entropy_penalty": 0.05,
     "multi_token_weight": 0.3,
+    "masked_input_weight": 0.4,
     "weight_decay": 0.2,
     "weight_decay_schedule": "cosine",
     "l1": 1e-5,

@@ -19,8 +19,8 @@ from data.loader import Batch, Batches, fingerprint
 from hardware import Hardware
 from model.gpt import GPT
 from randomness import seed_activations
-from regularizers.inputs import Readings, draw_changes, draw_readings, replace_tokens
-from regularizers.objective import multi_token_terms, objective
+from regularizers.inputs import Readings, draw_changes, draw_readings, mask_inputs, replace_tokens
+from regularizers.objective import PLAIN, multi_token_terms, objective
 from regularizers.weights import add_penalty_gradients
 from training.faults import inject_fault
 from training.learner import Learner
@@ -128,6 +128,17 @@ def differentiate(
     for name, term in second.items():
         terms[name] = terms[name] + term if name in terms else term
     terms["objective"].backward()
+    masked = mask_inputs(changes, (len(tokens_BT), tokens_BT.shape[1]), regularizers, *key, hardware.device)
+    if masked is not None:  # the same again, after the first pass has freed its memory
+        seed_activations(*key, purpose="activations of the masked pass")
+        with hardware.autocast():
+            hidden_BTD = forward(tokens_BT, batch.positions_BT, batch.documents_BT, changes=masked)
+        hidden_ND = hidden_BTD.flatten(0, 1).to(hardware.dtype)
+        again = objective(hidden_ND, model.output_weight, targets_BT.flatten(), PLAIN, n_targets, mixed)
+        weighted = regularizers.masked_input_weight * again["objective"]
+        weighted.backward()
+        terms["objective"] = terms["objective"].detach() + weighted.detach()
+        terms["masked_input_loss"] = again["loss"]
     if not n_ordinary:  # on no process: the step has no plain loss
         del terms["loss"]
     return terms

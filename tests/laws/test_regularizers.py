@@ -47,6 +47,7 @@ OFF = {name: knob["off"] for name, knob in DECLARED.items()}
 KINDS = {"input", "activation", "objective", "weights", "average", "stopping", "modifier"}
 # A modifier acts on other knobs, which must be on for it to be seen.
 COMPANIONS: dict[str, dict[str, Any]] = {
+    "masked_input_rate": {"masked_input_weight": 0.4},
     "weight_decay_schedule": {"weight_decay": 0.1},
     "weight_decay_end": {"weight_decay": 0.1, "weight_decay_schedule": "linear"},
     "decay_embeddings": {"weight_decay": 0.1},
@@ -184,6 +185,7 @@ def take_out(kind: str, code: Replacements) -> None:
         code.put(gpt, "auxiliary_parameters", lambda *rest: torch.nn.ParameterDict())
         code.put(step, "objective", without_objective_terms())
         code.put(step, "multi_token_terms", lambda *rest: {})
+        code.put(step, "mask_inputs", lambda *rest: None)
     elif kind == "weights":
         plain = torch.optim.Adam  # has no decay at all
 

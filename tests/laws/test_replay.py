@@ -48,7 +48,7 @@ RUNS = {
     "everything": COMMON
     | {
         "model__family": "gpt2",
-        "optimizer__grad_clip": 1.3,
+        "optimizer__grad_clip": 2.2,
         "optimizer__lr": 1e-2,
         "schedule__warmup_steps": 3,
         "regularizers__embedding_dropout": 0.1,
@@ -66,6 +66,8 @@ RUNS = {
         "regularizers__z_loss": 1e-2,
         "regularizers__entropy_penalty": 0.05,
         "regularizers__multi_token_weight": 0.3,
+        "regularizers__masked_input_weight": 0.4,
+        "regularizers__masked_input_rate": 0.8,
         "regularizers__weight_decay": 2.0,
         "regularizers__weight_decay_schedule": "cosine",
         "regularizers__weight_decay_end": 0.5,
@@ -96,6 +98,7 @@ RUNS = {
 class Changes:
     """What is done to the embeddings of a micro-batch, for the network to call: direction, noise, dropout, mixup."""
 
+    masked_BT: Tensor
     kinds: list[Kind]
     noise_BTD: Tensor
     keep_BT: Tensor
@@ -103,6 +106,8 @@ class Changes:
     share_B: Tensor
 
     def apply(self, x_BTD: Tensor, vectors: dict[str, Tensor]) -> Tensor:
+        if self.masked_BT.any():
+            x_BTD = x_BTD * ~self.masked_BT[..., None] + vectors["mask"] * self.masked_BT[..., None]
         for row, (turned, offset) in enumerate(self.kinds):
             where = (torch.arange(len(x_BTD)) == row)[:, None, None]
             x_BTD = x_BTD + where * vectors["direction"] if turned else x_BTD
@@ -156,14 +161,21 @@ def changed_inputs(
         share_B = torch.from_numpy(draw.beta(knobs.mixup_alpha, knobs.mixup_alpha, size=rows))
         for row, partner in enumerate(partner_B.tolist()):
             partner_B[row] = partner if kinds[row] == kinds[partner] else row
-    return tokens_BT, Changes(kinds, noise_BTD, kept_BT.double() / (1 - knobs.token_dropout), partner_B, share_B)
+    return tokens_BT, Changes(
+        torch.zeros(rows, time, dtype=torch.bool),
+        kinds,
+        noise_BTD,
+        kept_BT.double() / (1 - knobs.token_dropout),
+        partner_B,
+        share_B,
+    )
 
 
 def sums_of(
     model: GPT, batch: Batch, kinds: list[Kind], config: Config, key: tuple[int, int, int]
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Of a micro-batch, summed over its tokens: the objective without those of a weight of their own, the plain
-    cross-entropy of ordinary sequences, and that of the token after next.
+    cross-entropy of ordinary sequences, that of the token after next, and that of masked inputs.
     """
     knobs = config.regularizers
     batch = as_read(batch, kinds)
@@ -174,7 +186,14 @@ def sums_of(
     log_p_BTV = logits_BTV - logits_BTV.exp().sum(-1, keepdim=True).log()
     after_next = model.auxiliary["after_next"] if knobs.multi_token_weight else torch.eye(hidden_BTD.shape[-1]).double()
     log_p_after_BTV = model.logits(hidden_BTD @ after_next.T).log_softmax(-1)
-    objective, loss, second = torch.zeros(()), torch.zeros(()), torch.zeros(())
+    log_p_masked_BTV = log_p_BTV
+    if knobs.masked_input_weight:
+        generator = torch_generator(key[0], "masked inputs", *key[1:])
+        rate_B1 = knobs.masked_input_rate * torch.rand(len(tokens_BT), 1, generator=generator)
+        masked = replace(changes, masked_BT=torch.rand(tokens_BT.shape, generator=generator) < rate_B1)
+        seed_activations(*key, purpose="activations of the masked pass")
+        log_p_masked_BTV = model.logits(model(tokens_BT, changes=masked)).log_softmax(-1)  # type: ignore[arg-type]
+    objective, loss, second, again = (torch.zeros(()) for _ in range(4))
     for row, share in enumerate(changes.share_B):
         n = logits_BTV.shape[1] + 1 - kinds[row][1]
         others = (logits_BTV.shape[-1] - 1) / knobs.label_smoothing if knobs.label_smoothing else math.inf
@@ -186,11 +205,12 @@ def sums_of(
                 loss = loss - weight * log_p_T.sum()
             log_p_after = log_p_after_BTV[row][: n - 1].gather(1, target_T1[1:])
             second = second - weight * log_p_after.sum()
+            again = again - weight * log_p_masked_BTV[row][:n].gather(1, target_T1).sum()
             objective = objective - weight * ((1 - knobs.label_smoothing) * log_p_T + rest_T / others).sum()
         log_p_TV = log_p_BTV[row][:n]
         objective = objective + knobs.z_loss * logits_BTV[row][:n].exp().sum(-1).log().square().sum()
         objective = objective + knobs.entropy_penalty * (log_p_TV.exp() * log_p_TV).sum()
-    return objective, loss.detach(), second
+    return objective, loss.detach(), second, again
 
 
 def share_of_peak(config: Config, step: int) -> float:
@@ -242,7 +262,7 @@ def replay(config: Config, corpus: Corpus) -> tuple[list[dict[str, float]], Weig
         n_ordinary = time * kinds.count((False, 1))
         record = {"step": step + 1, "tokens": (step + 1) * training.global_batch_size * time}
         record |= {"train/lr": config.optimizer.lr * share_of_peak(config, step)}
-        objective = loss = second = torch.zeros(())
+        objective = loss = second = again = torch.zeros(())
         model.train()
         for micro_batch in range(training.micro_batches):
             batch = loader.batch(step, micro_batch * size, size)
@@ -250,7 +270,9 @@ def replay(config: Config, corpus: Corpus) -> tuple[list[dict[str, float]], Weig
             parts = sums_of(model, batch, mine, config, (seed, step, micro_batch))
             objective, loss = objective + parts[0] / n_targets, loss + parts[1] / max(1, n_ordinary)
             second = second + parts[2] / (n_targets - training.global_batch_size)
-        objective = objective + knobs.multi_token_weight * second
+            again = again + parts[3] / n_targets
+        objective = objective + knobs.multi_token_weight * second + knobs.masked_input_weight * again
+        record |= {"train/masked_input_loss": again.item()} if knobs.masked_input_weight else {}
         record |= {"train/multi_token_loss": second.item()} if knobs.multi_token_weight else {}
         record |= {"train/objective": objective.item()} | ({"train/loss": loss.item()} if n_ordinary else {})
         for name, weight in weights.items():
@@ -306,9 +328,8 @@ def test_a_run_is_its_replay_in_float64(
         for key, value in theirs.items():
             tolerance = {"abs": 1e-5} if key == "gap/loss" else {"rel": 3e-6}  # a difference of two losses
             assert ours[key] == pytest.approx(value, **tolerance), (ours["step"], key)
-        assert all(
-            (key in ours) == (key in theirs) for key in ("val_average/loss", "train/loss", "train/multi_token_loss")
-        )
+        for name in ("val_average/loss", "train/loss", "train/multi_token_loss", "train/masked_input_loss"):
+            assert (name in ours) == (name in theirs)
     last, far = existing(tmp_path / "runs/tiny/checkpoints")[0], 0
     for file, tensors in (("model", weights), ("average", average)):
         stored = read_tensors(last, file)

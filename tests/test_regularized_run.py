@@ -46,6 +46,8 @@ EVERYTHING = {
     "ema_decay": 0.9,
     "early_stopping_patience": 50,
 }
+NUMBERS = [f"train/{name}" for name in ("loss", "objective", "entropy", "multi_token_loss", "masked_input_loss")]
+NUMBERS += ["val/loss", "val_average/loss", "val/ece"]
 KNOBS = {f"regularizers__{name}": value for name, value in EVERYTHING.items()}
 
 
@@ -80,7 +82,8 @@ def test_processes_and_micro_batches_change_nothing(train: Train, tiny: Flags, t
     one, two = (read_metrics(tmp_path / "runs" / name) for name in ("one", "two"))
     assert len(one) == len(two) == 24
     for a, b in zip(one, two, strict=True):
-        for name in ("train/loss", "train/objective", "train/entropy", "val/loss", "val_average/loss", "val/ece"):
+        assert a.keys() == b.keys()
+        for name in NUMBERS:
             if name in a:
                 assert a[name] == pytest.approx(b[name], abs=1e-5), (a["step"], name)
 

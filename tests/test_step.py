@@ -73,7 +73,7 @@ def test_a_step_without_ordinary_sequences_has_no_plain_loss(tiny: Callable[...,
 def test_a_network_is_compiled_once_for_each_pass(tiny: Callable[..., list[str]], tmp_path: Path) -> None:
     """With all that changes inputs: the ordinary pass and the masked one, however many steps and micro-batches."""
     words = {f"regularizers__{name}": value for name, value in WITH_PARAMETERS.items()}
-    words |= {"regularizers__mixup_alpha": 0.2, "regularizers__token_dropout": 0.1, "training__micro_batch_size": 4}
+    words |= {"regularizers__mixup_alpha": 0.2, "regularizers__token_dropout": 0.1, "training__micro_batch_size": 2}
     learner, batches = ready(tiny(**words), tmp_path)
     graphs = []
 

@@ -310,6 +310,12 @@ class Regularizers(Section):
     """Adds uniform noise of this alpha / sqrt(context * width) to the embeddings (NEFTune, Jain 2023: 5 to 15)."""
     mixup_alpha: float = knob(0.0, "input", typical=0.2, ge=0)
     """Mixes the embeddings and the losses of pairs of sequences, shares from Beta(alpha, alpha) (Zhang 2018)."""
+    reversed_fraction: float = knob(0.0, "input", typical=0.5, ge=0, lt=1)
+    """This share of sequences is read and predicted from right to left; a trained vector, added to their embeddings,
+    says so (arXiv 2606.16246: half of them). For data repeated many times."""
+    target_offset: int = knob(1, "input", typical=5, off=1, ge=1)
+    """Predict the token i ahead, i from 1 to this, drawn for each sequence in proportion to exp(-i); a trained vector
+    for each i above 1, added to the embeddings, says so (arXiv 2606.16246: up to 5). For data repeated many times."""
     label_smoothing: float = knob(0.0, "objective", typical=0.1, ge=0, lt=1)
     """The target keeps 1 - this, the other tokens share it evenly (Szegedy 2016, fairseq's convention). Improves
     calibration of overconfident models."""
@@ -317,6 +323,14 @@ class Regularizers(Section):
     """Times the mean squared log-partition of the logits (PaLM 2022: 1e-4). Steadies training at high rates."""
     entropy_penalty: float = knob(0.0, "objective", typical=0.1, ge=0)
     """Times the mean entropy of the output, which is rewarded (Pereyra 2017). Against overconfidence."""
+    multi_token_weight: float = knob(0.0, "objective", typical=0.3, ge=0)
+    """Times the cross-entropy of the token after next, predicted through a trained matrix that is not exported
+    (Gloeckle 2024; 0.3 in DeepSeek-V3). Said to help on scarce data; small models may lose."""
+    masked_input_weight: float = knob(0.0, "objective", typical=0.4, ge=0)
+    """Times the cross-entropy of a second pass, in which a trained vector takes the place of some input embeddings
+    (arXiv 2606.06888: 0.4). For data repeated many times; a step takes about twice the time."""
+    masked_input_rate: float = knob(0.5, "modifier", typical=0.3, off=0.5, gt=0, le=1)
+    """The share of replaced embeddings is drawn for each sequence, evenly between 0 and this."""
     weight_decay: float = knob(0.1, "weights", typical=0.1, ge=0)
     """Decoupled decay: w <- w (1 - lr * this) before each step (Loshchilov & Hutter 2019). Repeated data: 1 to 3."""
     weight_decay_epochs: float | None = knob(None, "weights", typical=5.0, off=None, gt=0)
@@ -488,6 +502,10 @@ class Config(Section):
             raise ValueError("regularizers.mixup_alpha excludes data.isolate_documents: mixtures have no documents")
         if self.regularizers.mixup_alpha and self.training.micro_size < 2:
             raise ValueError("regularizers.mixup_alpha mixes pairs: training.micro_batch_size must be at least 2")
+        offset, context = self.regularizers.target_offset, self.model.context_length
+        if offset >= context:
+            sizes = f"regularizers.target_offset={offset} must be below model.context_length={context}"
+            raise ValueError(f"{sizes}: a window has no token so far ahead; lower it")
         warmup, steps = self.schedule.warmup_steps or 0, self.training.max_steps
         if self.schedule.name not in ("cosine", "points") and steps is not None and warmup >= steps:
             lengths = f"schedule.warmup_steps={warmup} must be below training.max_steps={steps}"

@@ -41,7 +41,7 @@ def torch_generator(seed: int, purpose: str, *indices: int, device: torch.device
     return torch.Generator(device=device).manual_seed(seed_for(seed, purpose, *indices))
 
 
-def seed_activations(seed: int, step: int, micro_batch: int) -> None:
+def seed_activations(seed: int, step: int, micro_batch: int, purpose: str = "activations") -> None:
     """Seed torch's own generators for the random activations of one global micro-batch.
 
     Dropout inside the model draws from torch's default generators, in eager and compiled form and inside
@@ -50,7 +50,7 @@ def seed_activations(seed: int, step: int, micro_batch: int) -> None:
     """
     import torch
 
-    number = seed_for(seed, "activations", step, micro_batch)
+    number = seed_for(seed, purpose, step, micro_batch)
     if torch.cuda.is_initialized() or torch.backends.mps.is_available():
         torch.manual_seed(number)
     else:  # torch.manual_seed would note every call for a GPU that is never used, 0.4 ms and a little memory each time

@@ -33,7 +33,10 @@ INITIAL = {
     r"blocks\.\d+\.(attention|mlp)\.output\.weight": "residual",
     r"(.*\.)?(\w+_)?norm\.weight": "one",
     r".*\.bias": "zero",
+    r"auxiliary\.(direction|offset|mask)": "normal",
+    r"auxiliary\.after_next": "identity",
 }
+AUXILIARY = "auxiliary."  # how the names of parameters begin that only regularizers use, and nobody exports
 
 
 class Cache(dict["Attention", tuple[Tensor, Tensor]]):
@@ -173,7 +176,7 @@ class GPT(nn.Module):
     Args:
         config: the network's shape.
         vocab_size: V, known from the corpus.
-        regularizers: the rates of dropout; None for a model that is not going to train.
+        regularizers: the rates of dropout, and what else they train; None for a model that is not going to train.
     """
 
     def __init__(self, config: Model, vocab_size: int, regularizers: Regularizers | None = None) -> None:
@@ -186,6 +189,7 @@ class GPT(nn.Module):
         self.blocks = nn.ModuleList([Block(config, rates, layer) for layer in range(config.n_layers)])
         self.norm = make_norm(config)
         self.output = None if config.tie_embeddings else nn.Linear(config.d_model, vocab_size, bias=False)
+        self.auxiliary = auxiliary_parameters(rates, config.d_model)
         self.cos_TC: Tensor
         self.sin_TC: Tensor
         if config.family != "gpt2":
@@ -214,7 +218,7 @@ class GPT(nn.Module):
             raise ValueError(f"{past + time} tokens exceed the model's context of {self.config.context_length}")
         x_BTD: Tensor = self.embedding(tokens_BT)
         if changes is not None:
-            x_BTD = changes.apply(x_BTD)
+            x_BTD = changes.apply(x_BTD, self.auxiliary)
         positions = slice(past, past + time) if positions_BT is None else positions_BT
         rotation = None
         if self.positions is not None:
@@ -252,6 +256,9 @@ class GPT(nn.Module):
             rules = [rule for pattern, rule in INITIAL.items() if re.fullmatch(pattern, name)]
             if len(rules) != 1:
                 raise ValueError(f"the parameter {name} matches {len(rules)} rows of the table of initial values")
+            if rules[0] == "identity":
+                nn.init.eye_(parameter)
+                continue
             if rules[0] in ("one", "zero"):
                 parameter.fill_(1.0 if rules[0] == "one" else 0.0)
                 continue
@@ -263,6 +270,20 @@ class GPT(nn.Module):
     def count_parameters(self) -> int:
         """Trained elements; tied weights count once."""
         return sum(parameter.numel() for parameter in self.parameters())
+
+
+def auxiliary_parameters(config: Regularizers, width: int) -> nn.ParameterDict:
+    """What regularizers train beside the network, which evaluation, generation and export do without."""
+    parameters = nn.ParameterDict()
+    if config.reversed_fraction:
+        parameters["direction"] = nn.Parameter(torch.empty(width))
+    if config.target_offset > 1:
+        parameters["offset"] = nn.Parameter(torch.empty(config.target_offset - 1, width))
+    if config.masked_input_weight:
+        parameters["mask"] = nn.Parameter(torch.empty(width))
+    if config.multi_token_weight:
+        parameters["after_next"] = nn.Parameter(torch.empty(width, width))
+    return parameters
 
 
 def make_norm(config: Model) -> nn.Module:

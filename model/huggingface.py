@@ -24,7 +24,7 @@ from torch import Tensor
 
 from config import BadInput, Model
 from files import write_json
-from model.gpt import GPT
+from model.gpt import AUXILIARY, GPT
 from model.huggingface_config import ARCHITECTURES, config_json, model_from_config_json
 from randomness import torch_generator
 
@@ -80,9 +80,10 @@ def their_names(name: str, family: str) -> list[str]:
 
 
 def to_huggingface(model: GPT) -> dict[str, Tensor]:
-    """All weights under Hugging Face's names, as copies on the model's device; no two share memory."""
+    """The network under Hugging Face's names, as copies on the model's device; no two share memory."""
     config, theirs = model.config, {}
-    for name, tensor in model.state_dict().items():
+    network = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(AUXILIARY)}
+    for name, tensor in network.items():
         names = their_names(name, config.family)
         heads = [config.n_heads, config.kv_heads, config.kv_heads]
         rows = {1: [len(tensor)], 2: [config.hidden_width] * 2, 3: [n * config.head_width for n in heads]}[len(names)]

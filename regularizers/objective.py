@@ -10,7 +10,9 @@ of the whole optimizer step, 0 where there is no target), the objective is the s
 and its gradient with respect to z has a closed form, which is formed chunk by chunk while the loss is
 computed: the logits of all tokens never exist at once, and no matrix product is done twice.
 
-Shape suffixes: N tokens, R tokens of one chunk, D width, V vocabulary, P vocabulary with padding.
+``multi_token_terms`` adds the cross-entropy of a second prediction in the same way.
+
+Shape suffixes: N tokens, B sequences of T, R tokens of one chunk, D width, V vocabulary, P vocabulary with padding.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from config import Regularizers
@@ -29,6 +31,7 @@ CHUNK_ELEMENTS = {"cpu": 2**24, "cuda": 2**28}
 # GPUs multiply matrices fast whose rows are aligned: there the products, and nothing else, see V rounded up to this.
 VOCABULARY_MULTIPLE = {"cuda": 64}
 TERMS = ("objective", "loss", "z_loss", "entropy")
+PLAIN = Regularizers()  # nothing beside the cross-entropy
 
 
 def objective(
@@ -38,6 +41,7 @@ def objective(
     config: Regularizers,
     n_targets: float,
     mixed: tuple[Tensor, Tensor] | None = None,
+    ordinary_N: Tensor | None = None,
 ) -> dict[str, Tensor]:
     """The objective and its terms, by name.
 
@@ -50,6 +54,7 @@ def objective(
             summing what this returns over those gives the step's means.
         mixed: mixup's second targets (N,) and the share (N,) of the first ones; the cross-entropy, smoothed or not,
             is then the mixture of both, while z-loss and entropy count once.
+        ordinary_N: the weight of each token in ``loss`` alone; None: as in the objective.
 
     Returns:
         ``objective`` is what to differentiate (nats per token). Detached: ``loss`` (plain cross-entropy) and, if
@@ -57,7 +62,7 @@ def objective(
         dtype of hidden_ND if that is float64.
     """
     value, loss, z_loss, entropy = _ChunkedObjective.apply(  # type: ignore[no-untyped-call]
-        hidden_ND, weight_VD, targets_N, config, n_targets, mixed
+        hidden_ND, weight_VD, targets_N, config, n_targets, mixed, ordinary_N
     )
     terms = {"objective": value, "loss": loss}
     if config.z_loss:
@@ -65,6 +70,33 @@ def objective(
     if config.entropy_penalty:
         terms["entropy"] = entropy
     return terms
+
+
+def multi_token_terms(
+    hidden_BTD: Tensor,
+    vectors: nn.ParameterDict,
+    weight_VD: Tensor,
+    targets_BT: Tensor,
+    config: Regularizers,
+    n_targets: float,
+    mixed: tuple[Tensor, Tensor] | None = None,
+) -> dict[str, Tensor]:
+    """What multi_token_weight adds: w times the cross-entropy of the token after the target (Gloeckle 2024).
+
+    It is predicted from P·h, P being the matrix ``after_next`` of ``vectors``, through the output matrix. The last
+    target of each sequence has none after it. The other arguments, and the names, are those of ``objective``;
+    ``n_targets`` counts the tokens that are predicted here. Empty when the knob is off.
+    """
+    if not config.multi_token_weight:
+        return {}
+
+    def following(targets_N: Tensor) -> Tensor:
+        return F.pad(targets_N.view_as(targets_BT)[:, 1:], (0, 1), value=-1).flatten()
+
+    ahead_BTD = F.linear(hidden_BTD, vectors["after_next"].to(hidden_BTD.dtype))
+    mixed = None if mixed is None else (following(mixed[0]), mixed[1])
+    terms = objective(ahead_BTD.flatten(0, 1), weight_VD, following(targets_BT), PLAIN, n_targets, mixed)
+    return {"objective": config.multi_token_weight * terms["objective"], "multi_token_loss": terms["loss"]}
 
 
 def padded(matrix: Tensor, rows: int = 0, columns: int = 0) -> Tensor:
@@ -153,6 +185,7 @@ class _ChunkedObjective(torch.autograd.Function):
         config: Regularizers,
         n_targets: float,
         mixed: tuple[Tensor, Tensor] | None,
+        ordinary_N: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         kind, vocabulary = hidden_ND.device.type, len(weight_VD)
         padding = -vocabulary % VOCABULARY_MULTIPLE.get(kind, 1)
@@ -171,11 +204,12 @@ class _ChunkedObjective(torch.autograd.Function):
                 weight_R1 = (target_R1 >= 0).to(exact) / n_targets
                 targets = _Targets(target_R1.clamp(min=0), weight_R1)
                 if mixed is not None:
-                    second_R1, share_R1 = mixed[0][part, None], mixed[1][part, None].to(exact)
+                    second_R1, share_R1 = mixed[0][part, None].clamp(min=0), mixed[1][part, None].to(exact)
                     targets = replace(targets, second_R1=second_R1, share_R1=share_R1)
                 chunk = _Chunk(z_RV, targets, config)
+                ordinary_R1 = weight_R1 if ordinary_N is None else ordinary_N[part, None].to(exact)
                 for name, term_R1 in chunk.terms_R1.items():
-                    sums[name] += (weight_R1 * term_R1).sum()
+                    sums[name] += ((ordinary_R1 if name == "loss" else weight_R1) * term_R1).sum()
                 if hidden_grad is None and weight_grad is None:
                     continue
                 grad_RP = padded(chunk.gradient().to(hidden_ND.dtype), columns=padding)
@@ -193,9 +227,9 @@ class _ChunkedObjective(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(context: Any, value_grad: Tensor, *ignored: Tensor) -> tuple[Tensor | None, ...]:
         hidden_grad, weight_grad = context.saved_tensors
-        # The objective is the last thing before backward(): its own gradient is a scalar, nearly always 1.
+        # The objective is the last thing before backward(): its own gradient is a scalar, 1 or the weight of a term.
         scaled = [grad if grad is None else grad * value_grad.to(grad.dtype) for grad in (hidden_grad, weight_grad)]
-        return scaled[0], scaled[1], None, None, None, None
+        return scaled[0], scaled[1], None, None, None, None, None
 
 
 def _add_product(weight_grad: Tensor, grad_RP: Tensor, hidden_RD: Tensor) -> None:

@@ -4,7 +4,7 @@ python -m scripts.benchmark
 python -m scripts.benchmark steps losses --rounds 5
 python -m scripts.benchmark race --text tinyshakespeare.txt
 
-steps       a training step: nothing, dropout and everything on, against a plain GPT-2 and Hugging Face's
+steps       a training step: nothing, dropout, each second loss or everything on, against a plain GPT-2, Hugging Face's
 losses      the objective at a vocabulary of 50,257: time and memory
 pipeline    preparing a corpus, loading batches, the time to the first step
 processes   what two processes, strict sums and a checkpoint cost, against a step of one process

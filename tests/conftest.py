@@ -54,6 +54,10 @@ BREAKABLE = TINY | {
 }
 
 
+# Regularizers that train vectors or matrices beside the network, which nobody else may see.
+WITH_PARAMETERS = {"reversed_fraction": 0.5, "target_offset": 3, "multi_token_weight": 0.3, "masked_input_weight": 0.4}
+
+
 def made_up_text(characters: int = 20_000, seed: int = 0) -> str:
     """Text with something to learn: sentences over a small vocabulary whose words follow each other by rule."""
     draw = np.random.default_rng(seed)

@@ -110,7 +110,12 @@ def test_the_step_that_is_timed_is_that_of_train_py(
     """With everything on: the same objective at each step, to the last bit."""
     knobs = everything_on()
     words = {f"regularizers__{name}": value for name, value in knobs.items()}
-    words |= {"schedule__name": "constant", "schedule__warmup_steps": 0, "tracking__log_every": 1}
+    words |= {
+        "schedule__name": "constant",
+        "schedule__warmup_steps": 0,
+        "tracking__log_every": 1,
+        "run__threads": "auto",
+    }
     assert train(tiny(model__family="gpt2", training__max_steps=4, **words)).returncode == 0
     run = tmp_path / "runs/tiny"
     config = parse([str(run / "config.yaml")])

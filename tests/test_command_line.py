@@ -118,6 +118,7 @@ def test_all_bad_values_at_once(tmp_path: Path) -> None:
         ["--optimizer.betas=[0.9,1.0]"],
         ["--optimizer.betas=0.9"],
         ["--regularizers.attention_dropout=1"],
+        ["--model.context_length=4", "--regularizers.target_offset=4"],
         ["--model.d_model=100", "--model.n_heads=3"],
         ["--model.n_heads=4", "--model.n_kv_heads=3"],
         ["--training.global_batch_size=10", "--training.micro_batch_size=4"],

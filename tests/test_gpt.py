@@ -7,6 +7,7 @@ from typing import Any, get_args
 
 import pytest
 import torch
+from conftest import WITH_PARAMETERS
 from torch import Tensor
 
 from config import Model, Regularizers
@@ -127,6 +128,22 @@ def test_initial_values_are_those_of_the_table(family: str, tied: bool) -> None:
             assert abs(values.std() / expected - 1) < 5 / (2 * count) ** 0.5, name
             assert values.abs().max() > 3 * expected, f"{name} is not normal: no tails"
     assert drawn > 0.9 * model.count_parameters()
+
+
+def test_what_regularizers_train_begins_as_said() -> None:
+    """Vectors are drawn like embeddings, the matrix is the identity."""
+    knobs = Regularizers.model_validate(WITH_PARAMETERS)
+    auxiliary = GPT(shape("llama", d_model=512, n_heads=2), 31, knobs).initialize(0).auxiliary
+    assert {name: tuple(values.shape) for name, values in auxiliary.items()} == {
+        "direction": (512,),
+        "offset": (2, 512),
+        "mask": (512,),
+        "after_next": (512, 512),
+    }
+    assert torch.equal(auxiliary.pop("after_next"), torch.eye(512))
+    for name, values in auxiliary.items():
+        assert values.std().item() == pytest.approx(0.02, rel=0.2), name
+    assert not len(GPT(shape("llama"), 31).auxiliary)
 
 
 def test_each_parameter_is_drawn_by_itself_and_the_seed_decides() -> None:

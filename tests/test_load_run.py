@@ -10,10 +10,11 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import WITH_PARAMETERS
 from safetensors import SafetensorError
 
 from command_line import dump
-from config import BadInput, Config, Failure, Model
+from config import BadInput, Config, Failure, Model, Regularizers
 from data.tokenizers import byte_tokenizer
 from model import huggingface
 from model.gpt import GPT
@@ -32,12 +33,15 @@ def weights(step: int, model: Model = SMALL) -> dict[str, torch.Tensor]:
     return GPT(model, 257).initialize(step).state_dict()
 
 
-def make_run(directory: Path, model: Model = SMALL, best: int | None = 10, average: bool = False) -> Path:
+def make_run(
+    directory: Path, model: Model = SMALL, best: int | None = 10, average: bool = False, **regularizers: Any
+) -> Path:
     """A run with checkpoints of the steps 10 and 20, written as train.py writes them."""
-    config = Config(model=model)
+    config = Config(model=model, regularizers=Regularizers(**regularizers))
     run = directory / "run"
     for step in (10, 20):
-        tensors = {"model": weights(step, model)} | ({"average": weights(step + 1, model)} if average else {})
+        own, others = (GPT(model, 257, config.regularizers).initialize(n).state_dict() for n in (step, step + 1))
+        tensors = {"model": own} | ({"average": others} if average else {})
         checkpoint.save(run / "checkpoints", tensors, {"step": step, "best": None})
     (run / "config.yaml").write_text(dump(config))
     corpus = directory / "corpora" / "some-text"
@@ -164,7 +168,8 @@ def test_weights_start_another_run(tmp_path: Path) -> None:
     run = make_run(tmp_path)
     hub = tmp_path / "hub"
     write_directory(load_model(run)[0], run / "tokenizer.json", hub, 256)
-    for path, step in [(run, 10), (run / "checkpoints" / "step_00000020", 20), (hub, 10)]:
+    other = make_run(tmp_path / "other", **WITH_PARAMETERS)  # what its regularizers trained stays behind
+    for path, step in [(run, 10), (run / "checkpoints" / "step_00000020", 20), (hub, 10), (other, 10)]:
         found = initial_weights(path, SMALL, 257)
         expected = weights(step)
         assert set(found) == set(expected)
@@ -228,6 +233,20 @@ def test_export_writes_what_transformers_loads(tmp_path: Path, capsys: pytest.Ca
     with torch.no_grad():
         expected = model.logits(model(ids))
         torch.testing.assert_close(scope["model"](ids).logits, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("average", [False, True])
+def test_what_regularizers_trained_is_not_exported(average: bool, tmp_path: Path) -> None:
+    """The export equals, byte for byte, that of a run that never had them; so does what is generated."""
+    without = make_run(tmp_path / "without", average=average)
+    run = make_run(tmp_path / "with", average=average, **WITH_PARAMETERS)
+    assert len(load_model(run)[0].auxiliary)
+    prompt = torch.tensor([[1, 2, 3]])
+    logits = [model.logits(model(prompt)) for model in (load_model(path)[0] for path in (run, without))]
+    assert torch.equal(*logits)
+    for path in (run, without):
+        assert export_huggingface.main([str(path), str(path / "export")]) == 0  # which compares the logits, too
+    assert (run / "export/model.safetensors").read_bytes() == (without / "export/model.safetensors").read_bytes()
 
 
 def test_export_overwrites_nothing(tmp_path: Path) -> None:

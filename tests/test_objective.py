@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from config import Regularizers
 from regularizers import objective as module
-from regularizers.objective import objective
+from regularizers.objective import multi_token_terms, objective
 
 N, D, V = 37, 16, 53
 ALL = Regularizers(label_smoothing=0.1, z_loss=1e-2, entropy_penalty=0.3)
@@ -129,6 +129,34 @@ def test_bf16_products_stay_near() -> None:
     assert found.dtype == torch.float32
     assert found.item() == pytest.approx(exact.item(), rel=2e-2)
     assert torch.autograd.grad(found, weight)[0].dtype == torch.float32
+
+
+def test_the_token_after_next_is_that_of_a_plain_model_with_two_heads() -> None:
+    """Two heads on one trunk, the second through a matrix of its own: the sum of their losses and all gradients.
+
+    Of the second row the last target, and so two of the second head's, are missing.
+    """
+    generator = torch.Generator().manual_seed(2)
+    hidden = torch.randn(2, 6, D, generator=generator, dtype=torch.float64, requires_grad=True)
+    vectors = torch.nn.ParameterDict({"after_next": torch.randn(D, D, generator=generator, dtype=torch.float64)})
+    matrix = vectors["after_next"]
+    weight = torch.randn(V, D, generator=generator, dtype=torch.float64, requires_grad=True)
+    targets = torch.randint(V, (2, 6), generator=generator)
+    targets[1, 5] = -1
+    knobs = Regularizers(multi_token_weight=0.3, z_loss=0.1)
+    first = objective(hidden.flatten(0, 1), weight, targets.flatten(), Regularizers(), 11)
+    second = multi_token_terms(hidden, vectors, weight, targets, knobs, 9)
+    head = F.cross_entropy((hidden @ weight.T).flatten(0, 1), targets.flatten(), ignore_index=-1)
+    further = F.cross_entropy(
+        (hidden @ matrix.T @ weight.T)[:, :-1].flatten(0, 1), targets[:, 1:].flatten(), ignore_index=-1
+    )
+    assert second["multi_token_loss"].item() == pytest.approx(further.item(), rel=1e-12)
+    ours, theirs = first["objective"] + second["objective"], head + 0.3 * further
+    assert ours.item() == pytest.approx(theirs.item(), rel=1e-12)
+    everything = [hidden, matrix, weight]
+    for one, other in zip(torch.autograd.grad(ours, everything), torch.autograd.grad(theirs, everything), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-12)
+    assert multi_token_terms(hidden, torch.nn.ParameterDict(), weight, targets, Regularizers(), 9) == {}
 
 
 def test_large_logits_stay_finite() -> None:

@@ -7,6 +7,7 @@ from typing import get_args
 
 import pytest
 import torch
+from conftest import WITH_PARAMETERS
 from torch.nn import functional as F
 
 from command_line import parse
@@ -43,7 +44,8 @@ def backward(model: GPT, seed: int = 0) -> None:
 @pytest.mark.parametrize("tied", ["true", "false"])
 @pytest.mark.parametrize("name", ["adamw", "muon"])
 def test_every_parameter_is_in_exactly_one_group(family: str, tied: str, name: str) -> None:
-    model, config = small(f"--model.family={family}", f"--model.tie_embeddings={tied}", f"--optimizer.name={name}")
+    flags = [f"--model.family={family}", f"--model.tie_embeddings={tied}", f"--optimizer.name={name}"]
+    model, config = small(*flags, *(f"--regularizers.{knob}={value}" for knob, value in WITH_PARAMETERS.items()))
     named = [names for group in parameter_groups(model).values() for names in group]
     assert sorted(named) == sorted(dict(model.named_parameters()))
     optimizers = build_optimizers(model, config, 40.0)
@@ -57,6 +59,15 @@ def test_an_unknown_parameter_is_refused() -> None:
     model.register_parameter("stray", torch.nn.Parameter(torch.zeros(2, 2)))
     with pytest.raises(ValueError, match="stray"):
         parameter_groups(model)
+
+
+def test_what_regularizers_train_is_adamws_and_never_decays() -> None:
+    flags = [f"--regularizers.{knob}={value}" for knob, value in WITH_PARAMETERS.items()]
+    model, config = small(*flags, "--optimizer.name=muon")
+    *_, adamw = build_optimizers(model, config, steps_per_epoch=10)
+    (group,) = [group for group in adamw.param_groups if group["group_name"] == "auxiliary"]
+    assert set(group["names"]) == {f"auxiliary.{name}" for name in model.auxiliary} and group["names"]
+    assert not group["decays"] and group["weight_decay"] == 0
 
 
 @pytest.mark.parametrize("embeddings", ["true", "false"])

@@ -33,9 +33,13 @@ EVERYTHING = {
     "token_replacement": 0.1,
     "embedding_noise": 5.0,
     "mixup_alpha": 0.4,
+    "reversed_fraction": 0.3,
+    "target_offset": 3,
     "label_smoothing": 0.1,
     "z_loss": 1e-4,
     "entropy_penalty": 0.05,
+    "multi_token_weight": 0.3,
+    "masked_input_weight": 0.4,
     "weight_decay": 0.2,
     "weight_decay_schedule": "cosine",
     "cautious_weight_decay": "true",
@@ -46,6 +50,8 @@ EVERYTHING = {
     "ema_decay": 0.9,
     "early_stopping_patience": 50,
 }
+NUMBERS = [f"train/{name}" for name in ("loss", "objective", "entropy", "multi_token_loss", "masked_input_loss")]
+NUMBERS += ["val/loss", "val_average/loss", "val/ece"]
 KNOBS = {f"regularizers__{name}": value for name, value in EVERYTHING.items()}
 
 
@@ -80,7 +86,8 @@ def test_processes_and_micro_batches_change_nothing(train: Train, tiny: Flags, t
     one, two = (read_metrics(tmp_path / "runs" / name) for name in ("one", "two"))
     assert len(one) == len(two) == 24
     for a, b in zip(one, two, strict=True):
-        for name in ("train/loss", "train/objective", "train/entropy", "val/loss", "val_average/loss", "val/ece"):
+        assert a.keys() == b.keys()
+        for name in NUMBERS:
             if name in a:
                 assert a[name] == pytest.approx(b[name], abs=1e-5), (a["step"], name)
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import ROOT, made_up_text
+from conftest import ROOT, WITH_PARAMETERS, made_up_text
 
 from program import exit_code
 from tracking.metrics import read_metrics
@@ -292,6 +292,13 @@ def test_start_from_the_weights_of_another_run(reference: Path, train: Train, ti
     assert ended.returncode == 0, ended.stderr
     first, last = read_metrics(tmp_path / "runs/tiny")[0], read_metrics(reference)[-1]
     assert first["val/loss"] == pytest.approx(last["val/loss"], abs=1e-4)
+    knobs = {f"regularizers__{name}": value for name, value in WITH_PARAMETERS.items()}
+    with_more = knobs | {"run__name": "more", "training__max_steps": 1, "optimizer__lr": 1e-9}
+    assert train(tiny(run__init_from=reference, **with_more)).returncode == 0
+    again = {"run__init_from": tmp_path / "runs/more", "run__name": "again"}
+    assert train(tiny(**with_more | again)).returncode == 0
+    for name in ("more", "again"):  # and back: what regularizers train begins anew
+        assert read_metrics(tmp_path / "runs" / name)[0]["val/loss"] == pytest.approx(first["val/loss"], abs=1e-5)
     refused = train(tiny(run__init_from=reference, run__name="other", model__n_layers=3))
     assert refused.returncode == 2 and "n_layers" in refused.stderr
 

@@ -8,13 +8,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import WITH_PARAMETERS
 
 from command_line import parse
-from data.loader import TrainingLoader
+from data.loader import Batches, TrainingLoader
 from data.prepare import prepare
 from data.shards import Corpus
 from hardware import Hardware
 from model.gpt import GPT
+from regularizers.inputs import draw_readings
 from training.gradients import insert, merged
 from training.learner import Learner
 from training.step import training_step
@@ -43,16 +45,56 @@ def test_the_tree_is_the_same_however_its_leaves_are_shared_out(leaves: int, exp
         assert list(merged(shuffled, leaves).values()) == [expected]
 
 
+def ready(flags: list[str], directory: Path, steps: int = 5) -> tuple[Learner, Batches]:
+    """What ``training_step`` takes, for a run of so many steps."""
+    config = parse(flags)
+    corpus = Corpus.open(prepare(config.data, directory, quiet=True))
+    loader = TrainingLoader(corpus.split("train"), config.data, 0, 32, 8)
+    hardware = Hardware(0, 1, torch.device("cpu"), "fp32", False, 1)
+    learner = Learner(
+        GPT(config.model, corpus.vocab_size, config.regularizers).initialize(0), config, hardware, steps, 5
+    )
+    return learner, loader.batches(range(steps), learner.micro_batches, config.training.micro_size, hardware.device)
+
+
+def test_a_step_without_ordinary_sequences_has_no_plain_loss(tiny: Callable[..., list[str]], tmp_path: Path) -> None:
+    """Its objective is that of the others; a micro-batch without ordinary sequences says nothing yet."""
+    learner, batches = ready(tiny(regularizers__reversed_fraction=0.9, training__micro_batch_size=2), tmp_path, 12)
+    knobs, ordinary, told = learner.config.regularizers, [], []
+    for step in range(12):
+        readings = draw_readings(knobs, 8, 0, step)
+        assert readings is not None
+        ordinary.append(bool(readings.ordinary_B.any()))
+        result = training_step(learner, batches, step)
+        assert result.is_finite and result.terms["objective"] > 1
+        told.append("loss" in result.terms)
+        assert not told[-1] or 1 < result.terms["loss"] < 7
+    assert told == ordinary and len(set(told)) == 2
+
+
+def test_a_network_is_compiled_once_for_each_pass(tiny: Callable[..., list[str]], tmp_path: Path) -> None:
+    """With all that changes inputs: the ordinary pass and the masked one, however many steps and micro-batches."""
+    words = {f"regularizers__{name}": value for name, value in WITH_PARAMETERS.items()}
+    words |= {"regularizers__mixup_alpha": 0.2, "regularizers__token_dropout": 0.1, "training__micro_batch_size": 2}
+    learner, batches = ready(tiny(**words), tmp_path)
+    graphs = []
+
+    def count(graph: torch.fx.GraphModule, _: list[torch.Tensor]) -> Callable[..., object]:
+        graphs.append(graph)
+        return graph.forward
+
+    torch.compiler.reset()
+    learner.forward = torch.compile(learner.model, dynamic=False, backend=count)
+    for step in range(4):
+        training_step(learner, batches, step)
+    assert len(graphs) == 2
+
+
 def test_a_gradient_that_is_not_finite_changes_nothing(
     tiny: Callable[..., list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The weights, the moments and the count of steps are those of the step before, and the next step goes on."""
-    config = parse(tiny(training__micro_batch_size=4))
-    corpus = Corpus.open(prepare(config.data, tmp_path, quiet=True))
-    loader = TrainingLoader(corpus.split("train"), config.data, 0, 32, 8)
-    hardware = Hardware(0, 1, torch.device("cpu"), "fp32", False, 1)
-    learner = Learner(GPT(config.model, corpus.vocab_size, config.regularizers).initialize(0), config, hardware, 5, 5)
-    batches = loader.batches(range(5), learner.micro_batches, 4, hardware.device)
+    learner, batches = ready(tiny(training__micro_batch_size=4), tmp_path)
 
     def step(number: int) -> tuple[bool, dict[str, torch.Tensor]]:
         finite = training_step(learner, batches, number).is_finite

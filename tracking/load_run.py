@@ -15,7 +15,7 @@ from data.shards import Corpus
 from data.tokenizers import load_tokenizer
 from files import sha256
 from hardware import settle_vector_math
-from model.gpt import GPT
+from model.gpt import AUXILIARY, GPT
 from model.huggingface import read_directory
 from program import warn
 from tracking.run_directory import read_config, read_summary
@@ -87,7 +87,7 @@ def run_tokenizer(path: str | Path) -> Path:
 def initial_weights(
     path: str | Path, config: Model, vocab_size: int, tokenizer: Tokenizer | None = None
 ) -> dict[str, Tensor]:
-    """Weights for a model of ``config`` and ``vocab_size``: from a run, a checkpoint, or a Hugging Face directory.
+    """The network of ``config`` and ``vocab_size``: from a run, a checkpoint, or a Hugging Face directory.
 
     ``tokenizer`` is the corpus's: its ids must mean what they meant to these weights, where that is known. Raises
     BadInput that names each difference between the two networks, with the flags that remove it.
@@ -118,7 +118,7 @@ def initial_weights(
         lines.append(f"\n  its vocabulary is as large as the corpus's, but the entries differ; {use_theirs}")
     if lines:
         raise BadInput(f"run.init_from = {path} cannot be the beginning of this run:" + "".join(lines))
-    return weights
+    return {name: weight for name, weight in weights.items() if not name.startswith(AUXILIARY)}
 
 
 def compared(config: Model) -> dict[str, str]:

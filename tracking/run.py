@@ -15,6 +15,7 @@ from command_line import dump
 from config import BadInput, Config, Failure
 from data.shards import Corpus
 from hardware import Hardware
+from model.gpt import AUXILIARY
 from program import FINISHED, PREEMPTED, warn
 from regularizers.averaging import WeightAverage
 from regularizers.weights import sparsity
@@ -115,7 +116,9 @@ class Run:
         elif self.config.run.init_from is not None:
             vocabulary = corpus.vocab_size, corpus.tokenizer()
             weights = initial_weights(self.config.run.init_from, self.config.model, *vocabulary)
-            learner.model.load_state_dict(weights)
+            # What regularizers train beside the network begins anew.
+            own = {name: value for name, value in learner.model.state_dict().items() if name.startswith(AUXILIARY)}
+            learner.model.load_state_dict(own | weights)
         progress.samples *= self.hardware.main  # what was trained on so far counts once
         self.best_saved = progress.best
         self.attempt = on_main(

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from config import BadInput, Config, Regularizers
+from model.gpt import AUXILIARY
 from regularizers.weights import first_weight_decay
 
 # The optimizers of a run, in a fixed order: one AdamW, and one Muon before it if it is asked for.
@@ -16,14 +17,17 @@ Optimizers = list[torch.optim.Optimizer]
 
 
 def parameter_groups(model: nn.Module) -> dict[str, dict[str, nn.Parameter]]:
-    """Every parameter in exactly one group: ``{"matrices"|"embeddings"|"output"|"vectors": {name: parameter}}``.
+    """Every parameter in exactly one group, ``{group: {name: parameter}}``; groups without any are left out.
 
-    Matrices are the weights of the blocks; output is the output matrix when it is not tied; vectors are
-    biases and the gains of norms, which never decay.
+    ``matrices`` are the weights of the blocks; ``output`` is the output matrix when it is not tied; ``vectors`` are
+    biases and the gains of norms; ``auxiliary`` is what only regularizers use. The last two never decay.
     """
-    groups: dict[str, dict[str, nn.Parameter]] = {"matrices": {}, "embeddings": {}, "output": {}, "vectors": {}}
+    kinds = ("matrices", "embeddings", "output", "vectors", "auxiliary")
+    groups: dict[str, dict[str, nn.Parameter]] = {kind: {} for kind in kinds}
     for name, parameter in model.named_parameters():
-        if parameter.ndim < 2:
+        if name.startswith(AUXILIARY):
+            groups["auxiliary"][name] = parameter
+        elif parameter.ndim < 2:
             groups["vectors"][name] = parameter
         elif name.startswith("blocks."):
             groups["matrices"][name] = parameter

@@ -19,8 +19,8 @@ from data.loader import Batch, Batches, fingerprint
 from hardware import Hardware
 from model.gpt import GPT
 from randomness import seed_activations
-from regularizers.inputs import draw_changes, replace_tokens
-from regularizers.objective import objective
+from regularizers.inputs import Readings, draw_changes, draw_readings, mask_inputs, replace_tokens
+from regularizers.objective import PLAIN, multi_token_terms, objective
 from regularizers.weights import add_penalty_gradients, update_weights
 from training.faults import inject_fault
 from training.learner import Learner
@@ -33,7 +33,8 @@ class StepResult:
     """What a step came to; all but ``samples`` and ``seconds`` are the same on every process."""
 
     terms: dict[str, float]
-    """The objective and its terms, means over the step's targets (see regularizers.objective)."""
+    """The objective and its terms, means over the step's targets (see regularizers.objective); ``loss`` is that of the
+    sequences that are read as usual, and missing when there is none."""
     gradient_norm: float
     """Of the whole gradient, penalties included, before it was clipped."""
     learning_rate: float
@@ -99,19 +100,65 @@ def differentiate(
         config: that of the run; the gradients of a step are those of the mean over all of its tokens.
         hardware: the precision in which the model runs.
     """
-    regularizers = config.regularizers
-    seed_activations(*key)
+    regularizers, (seed, step, micro_batch) = config.regularizers, key
+    step_readings = draw_readings(regularizers, config.training.global_batch_size, seed, step)
+    n_targets, n_ordinary = count_targets(step_readings, config)
+    batch, readings = as_read(batch, step_readings, micro_batch)
     tokens_BT = replace_tokens(batch.tokens_BT, regularizers.token_replacement, model.vocab_size, *key)
-    changes = draw_changes((*tokens_BT.shape, config.model.d_model), regularizers, *key, hardware.device)
+    changes = draw_changes((*tokens_BT.shape, config.model.d_model), regularizers, *key, hardware.device, readings)
+    seed_activations(*key)
     with hardware.autocast():
         hidden_BTD = forward(tokens_BT, batch.positions_BT, batch.documents_BT, changes=changes)
+    hidden_BTD, targets_BT = hidden_BTD.to(hardware.dtype), batch.targets_BT
+    mixed = changes.mixed_targets(targets_BT) if changes else None
+    ordinary_BT = None if readings is None else readings.ordinary_B[:, None].expand_as(tokens_BT) / max(1, n_ordinary)
     terms = objective(
-        hidden_BTD.flatten(0, 1).to(hardware.dtype),
+        hidden_BTD.flatten(0, 1),
         model.output_weight,
-        batch.targets_BT.flatten(),
+        targets_BT.flatten(),
         regularizers,
-        config.tokens_per_step,
-        mixed=changes.mixed_targets(batch.targets_BT) if changes else None,
+        n_targets,
+        mixed=mixed,
+        ordinary_N=None if ordinary_BT is None else ordinary_BT.flatten(),
     )
+    n_after_next = max(1, n_targets - config.training.global_batch_size)
+    second = multi_token_terms(
+        hidden_BTD, model.auxiliary, model.output_weight, targets_BT, regularizers, n_after_next, mixed
+    )
+    for name, term in second.items():
+        terms[name] = terms[name] + term if name in terms else term
     terms["objective"].backward()
+    masked = mask_inputs(changes, (len(tokens_BT), tokens_BT.shape[1]), regularizers, *key, hardware.device)
+    if masked is not None:  # the same again, after the first pass has freed its memory
+        seed_activations(*key, purpose="activations of the masked pass")
+        with hardware.autocast():
+            hidden_BTD = forward(tokens_BT, batch.positions_BT, batch.documents_BT, changes=masked)
+        hidden_ND = hidden_BTD.flatten(0, 1).to(hardware.dtype)
+        again = objective(hidden_ND, model.output_weight, targets_BT.flatten(), PLAIN, n_targets, mixed)
+        weighted = regularizers.masked_input_weight * again["objective"]
+        weighted.backward()
+        terms["objective"] = terms["objective"].detach() + weighted.detach()
+        terms["masked_input_loss"] = again["loss"]
+    if not n_ordinary:  # on no process: the step has no plain loss
+        del terms["loss"]
     return terms
+
+
+def as_read(batch: Batch, step_readings: Readings | None, micro_batch: int) -> tuple[Batch, Readings | None]:
+    """The batch of one micro-batch as its sequences are read, and how that is, on the batch's device."""
+    if step_readings is None:
+        return batch, None
+    size = len(batch.tokens_BT)
+    readings = step_readings.of(micro_batch * size, size, batch.tokens_BT.device)
+    tokens_BT, targets_BT, positions_BT, documents_BT = readings.apply(
+        batch.tokens_BT, batch.targets_BT, batch.positions_BT, batch.documents_BT
+    )
+    return Batch(tokens_BT, targets_BT, positions_BT, documents_BT, batch.sample_ids_B), readings
+
+
+def count_targets(step_readings: Readings | None, config: Config) -> tuple[int, int]:
+    """The targets of the whole step, and those of its ordinary sequences, over all micro-batches and processes."""
+    if step_readings is None:
+        return config.tokens_per_step, config.tokens_per_step
+    targets_B = step_readings.targets_B(config.model.context_length, config.data.isolate_documents)
+    return int(targets_B.sum()), int(targets_B[step_readings.ordinary_B].sum())

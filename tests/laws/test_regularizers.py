@@ -30,7 +30,8 @@ from data.loader import EvaluationBatches
 from data.shards import Corpus
 from evaluation.evaluate import evaluate
 from hardware import Hardware
-from model.gpt import GPT
+from model import gpt
+from model.gpt import AUXILIARY, GPT
 from randomness import seed_for
 from regularizers import activations, averaging, inputs, objective
 from tracking import run
@@ -46,6 +47,7 @@ OFF = {name: knob["off"] for name, knob in DECLARED.items()}
 KINDS = {"input", "activation", "objective", "weights", "average", "stopping", "modifier"}
 # A modifier acts on other knobs, which must be on for it to be seen.
 COMPANIONS: dict[str, dict[str, Any]] = {
+    "masked_input_rate": {"masked_input_weight": 0.4},
     "weight_decay_schedule": {"weight_decay": 0.1},
     "weight_decay_end": {"weight_decay": 0.1, "weight_decay_schedule": "linear"},
     "cautious_weight_decay": {"weight_decay": 0.1},
@@ -56,11 +58,11 @@ COMPANIONS: dict[str, dict[str, Any]] = {
     "early_stopping_min_delta": {"early_stopping_patience": 1},
 }
 # Modifiers that are read in the middle of what they modify, where only their off value can take them out.
-READ_INSIDE = ("decay_embeddings", "swa_every", "early_stopping_min_delta")
+READ_INSIDE = ("masked_input_rate", "decay_embeddings", "swa_every", "early_stopping_min_delta")
 # Typical values that would act too late to be seen within five steps.
 WITHIN_FIVE_STEPS = {"swa_every": 2, "swa_start": 0.4, "early_stopping_patience": 1, "early_stopping_min_delta": 9.0}
 # Inputs whose expectation changes, and with it what is to be learnt.
-CHANGE_THE_TASK = ("token_replacement", "mixup_alpha")
+CHANGE_THE_TASK = ("token_replacement", "mixup_alpha", "reversed_fraction", "target_offset")
 # With these five evaluations, one a step, none counts as an improvement after the first.
 NEVER_BETTER = {"early_stopping_min_delta": 9.0}
 
@@ -180,10 +182,15 @@ def take_out(kind: str, code: Replacements) -> None:
         code.put(activations.Dropout, "rate", lambda self: 0.0)
         code.put(activations.StochasticDepth, "forward", lambda self, x: x)
     elif kind == "input":
+        code.put(gpt, "auxiliary_parameters", lambda *rest: torch.nn.ParameterDict())
+        code.put(step, "draw_readings", lambda *rest: None)
         code.put(step, "replace_tokens", lambda tokens, *rest: tokens)
         code.put(step, "draw_changes", lambda *rest: None)
     elif kind == "objective":
+        code.put(gpt, "auxiliary_parameters", lambda *rest: torch.nn.ParameterDict())
         code.put(step, "objective", without_objective_terms())
+        code.put(step, "multi_token_terms", lambda *rest: {})
+        code.put(step, "mask_inputs", lambda *rest: None)
     elif kind == "weights":
         plain = torch.optim.Adam  # has no decay at all
 
@@ -262,7 +269,9 @@ def test_on_acts_in_training_only(
     results = []
     for values in (OFF, OFF | companions | {name: value}):
         model = GPT(shape, corpus.vocab_size, Regularizers.model_validate(values))
-        model.load_state_dict(on.weights)
+        auxiliary = {name for name in model.state_dict() if name.startswith(AUXILIARY)}
+        network = {name: weight for name, weight in on.weights.items() if not name.startswith(AUXILIARY)}
+        model.load_state_dict(network | {name: on.weights[name] for name in auxiliary})
         results.append(evaluate(model.train(), batches, hardware, 1.0)[0])
         assert model.training
     assert results[0] == results[1]
@@ -293,7 +302,7 @@ def test_inputs_keep_their_expectation(name: str) -> None:
     knobs = Regularizers.model_validate(OFF | {name: DECLARED[name]["typical"]})
     x_BTD = torch.full((8, 64, 4), 3.0)
     draws = [inputs.draw_changes((8, 64, 4), knobs, 0, step, 0, torch.device("cpu")) for step in range(200)]
-    changed = torch.stack([draw.apply(x_BTD) for draw in draws if draw is not None]).double()
+    changed = torch.stack([draw.apply(x_BTD, torch.nn.ParameterDict()) for draw in draws if draw is not None]).double()
     assert len(changed) == 200
     # One draw a position for token dropout, one a number for noise.
     independent = changed[..., 0] if name == "token_dropout" else changed

@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 import subprocess
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -34,6 +34,7 @@ from training.checkpoint import existing, read_tensors
 
 Train = Callable[..., subprocess.CompletedProcess[str]]
 Weights = dict[str, Tensor]
+Kind = tuple[bool, int]
 
 COMMON = {
     "training__max_steps": 12,
@@ -48,7 +49,7 @@ RUNS = {
     "everything": COMMON
     | {
         "model__family": "gpt2",
-        "optimizer__grad_clip": 1.3,
+        "optimizer__grad_clip": 2.2,
         "optimizer__lr": 1e-2,
         "schedule__warmup_steps": 3,
         "regularizers__embedding_dropout": 0.1,
@@ -60,9 +61,14 @@ RUNS = {
         "regularizers__token_replacement": 0.1,
         "regularizers__embedding_noise": 5.0,
         "regularizers__mixup_alpha": 0.4,
+        "regularizers__reversed_fraction": 0.4,
+        "regularizers__target_offset": 3,
         "regularizers__label_smoothing": 0.1,
         "regularizers__z_loss": 1e-2,
         "regularizers__entropy_penalty": 0.05,
+        "regularizers__multi_token_weight": 0.3,
+        "regularizers__masked_input_weight": 0.4,
+        "regularizers__masked_input_rate": 0.8,
         "regularizers__weight_decay": 2.0,
         "regularizers__weight_decay_schedule": "cosine",
         "regularizers__weight_decay_end": 0.5,
@@ -107,14 +113,22 @@ RUNS = {
 
 @dataclass
 class Changes:
-    """What is done to the embeddings of a micro-batch, for the network to call: noise, token dropout, mixup."""
+    """What is done to the embeddings of a micro-batch, for the network to call: direction, noise, dropout, mixup."""
 
+    masked_BT: Tensor
+    kinds: list[Kind]
     noise_BTD: Tensor
     keep_BT: Tensor
     partner_B: Tensor
     share_B: Tensor
 
-    def apply(self, x_BTD: Tensor) -> Tensor:
+    def apply(self, x_BTD: Tensor, vectors: dict[str, Tensor]) -> Tensor:
+        if self.masked_BT.any():
+            x_BTD = x_BTD * ~self.masked_BT[..., None] + vectors["mask"] * self.masked_BT[..., None]
+        for row, (turned, offset) in enumerate(self.kinds):
+            where = (torch.arange(len(x_BTD)) == row)[:, None, None]
+            x_BTD = x_BTD + where * vectors["direction"] if turned else x_BTD
+            x_BTD = x_BTD + where * vectors["offset"][offset - 2] if offset > 1 else x_BTD
         x_BTD = (x_BTD + self.noise_BTD) * self.keep_BT[..., None]
         return torch.stack(
             [share * x_BTD[row] + (1 - share) * x_BTD[self.partner_B[row]] for row, share in enumerate(self.share_B)]
@@ -127,7 +141,31 @@ def dropout_acts(config: Config, step: int) -> bool:
     return config.regularizers.dropout_from <= fraction < config.regularizers.dropout_until
 
 
-def changed_inputs(batch: Batch, config: Config, key: tuple[int, int, int]) -> tuple[Tensor, Changes]:
+def readings(config: Config, step: int) -> list[Kind]:
+    """For each sequence of a step whether it is read from right to left, and how many tokens ahead it predicts."""
+    knobs, size, seed = config.regularizers, config.training.global_batch_size, config.run.seed
+    turned = torch.rand(size, generator=torch_generator(seed, "reversed sequences", step)) < knobs.reversed_fraction
+    draws = torch.rand(size, generator=torch_generator(seed, "target offset", step), dtype=torch.float64)
+    odds = [math.exp(-offset) for offset in range(1, knobs.target_offset + 1)]
+    below = [sum(odds[:count]) / sum(odds) for count in range(1, len(odds))]
+    return [
+        (bool(one), 1 + sum(draw >= bound for bound in below)) for one, draw in zip(turned, draws.tolist(), strict=True)
+    ]
+
+
+def as_read(batch: Batch, kinds: list[Kind]) -> Batch:
+    """The batch with its sequences turned around and their targets so far ahead, 0 where there is none."""
+    tokens_BT, targets_BT = batch.tokens_BT.clone(), batch.targets_BT.clone()
+    for row, (turned, offset) in enumerate(kinds):
+        window = [int(batch.tokens_BT[row, 0]), *batch.targets_BT[row].tolist()]
+        window = window[::-1] if turned else window
+        tokens_BT[row], targets_BT[row] = torch.tensor(window[:-1]), torch.tensor(window[offset:] + [0] * (offset - 1))
+    return replace(batch, tokens_BT=tokens_BT, targets_BT=targets_BT)
+
+
+def changed_inputs(
+    batch: Batch, kinds: list[Kind], config: Config, key: tuple[int, int, int]
+) -> tuple[Tensor, Changes]:
     """The ids with some replaced, and the changes of their embeddings; a knob that is off changes nothing."""
     knobs, (seed, *place) = config.regularizers, key
     token_dropout = knobs.token_dropout if dropout_acts(config, place[0]) else 0.0
@@ -145,28 +183,58 @@ def changed_inputs(batch: Batch, config: Config, key: tuple[int, int, int]) -> t
         partner_B = torch.randperm(rows, generator=torch_generator(seed, "mixup partner", *place))
         draw = numpy_generator(seed, "mixup share", *place)
         share_B = torch.from_numpy(draw.beta(knobs.mixup_alpha, knobs.mixup_alpha, size=rows))
-    return tokens_BT, Changes(noise_BTD, kept_BT.double() / (1 - token_dropout), partner_B, share_B)
+        for row, partner in enumerate(partner_B.tolist()):
+            partner_B[row] = partner if kinds[row] == kinds[partner] else row
+    return tokens_BT, Changes(
+        torch.zeros(rows, time, dtype=torch.bool),
+        kinds,
+        noise_BTD,
+        kept_BT.double() / (1 - token_dropout),
+        partner_B,
+        share_B,
+    )
 
 
-def sums_of(model: GPT, batch: Batch, config: Config, key: tuple[int, int, int]) -> tuple[Tensor, Tensor]:
-    """The objective and the plain cross-entropy of a micro-batch, summed over its tokens."""
+def sums_of(
+    model: GPT, batch: Batch, kinds: list[Kind], config: Config, key: tuple[int, int, int]
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Of a micro-batch, summed over its tokens: the objective without those of a weight of their own, the plain
+    cross-entropy of ordinary sequences, that of the token after next, and that of masked inputs.
+    """
     knobs = config.regularizers
-    tokens_BT, changes = changed_inputs(batch, config, key)
+    batch = as_read(batch, kinds)
+    tokens_BT, changes = changed_inputs(batch, kinds, config, key)
     seed_activations(*key)
-    logits_BTV = model.logits(model(tokens_BT, changes=changes))  # type: ignore[arg-type]
+    hidden_BTD = model(tokens_BT, changes=changes)  # type: ignore[arg-type]
+    logits_BTV = model.logits(hidden_BTD)
     log_p_BTV = logits_BTV - logits_BTV.exp().sum(-1, keepdim=True).log()
-    objective, loss = torch.zeros(()), torch.zeros(())
+    after_next = model.auxiliary["after_next"] if knobs.multi_token_weight else torch.eye(hidden_BTD.shape[-1]).double()
+    log_p_after_BTV = model.logits(hidden_BTD @ after_next.T).log_softmax(-1)
+    log_p_masked_BTV = log_p_BTV
+    if knobs.masked_input_weight:
+        generator = torch_generator(key[0], "masked inputs", *key[1:])
+        rate_B1 = knobs.masked_input_rate * torch.rand(len(tokens_BT), 1, generator=generator)
+        masked = replace(changes, masked_BT=torch.rand(tokens_BT.shape, generator=generator) < rate_B1)
+        seed_activations(*key, purpose="activations of the masked pass")
+        log_p_masked_BTV = model.logits(model(tokens_BT, changes=masked)).log_softmax(-1)  # type: ignore[arg-type]
+    objective, loss, second, again = (torch.zeros(()) for _ in range(4))
     for row, share in enumerate(changes.share_B):
+        n = logits_BTV.shape[1] + 1 - kinds[row][1]
         others = (logits_BTV.shape[-1] - 1) / knobs.label_smoothing if knobs.label_smoothing else math.inf
         for weight, target_row in ((share, row), (1 - share, int(changes.partner_B[row]))):
-            target_T1 = batch.targets_BT[target_row][:, None]
-            log_p_T = log_p_BTV[row].gather(1, target_T1)[:, 0]
-            rest_T = log_p_BTV[row].sum(1) - log_p_T
-            loss = loss - weight * log_p_T.sum()
+            target_T1 = batch.targets_BT[target_row][:n, None]
+            log_p_T = log_p_BTV[row][:n].gather(1, target_T1)[:, 0]
+            rest_T = log_p_BTV[row][:n].sum(1) - log_p_T
+            if kinds[row] == (False, 1):
+                loss = loss - weight * log_p_T.sum()
+            log_p_after = log_p_after_BTV[row][: n - 1].gather(1, target_T1[1:])
+            second = second - weight * log_p_after.sum()
+            again = again - weight * log_p_masked_BTV[row][:n].gather(1, target_T1).sum()
             objective = objective - weight * ((1 - knobs.label_smoothing) * log_p_T + rest_T / others).sum()
-    objective = objective + knobs.z_loss * logits_BTV.exp().sum(-1).log().square().sum()
-    objective = objective + knobs.entropy_penalty * (log_p_BTV.exp() * log_p_BTV).sum()
-    return objective, loss.detach()
+        log_p_TV = log_p_BTV[row][:n]
+        objective = objective + knobs.z_loss * logits_BTV[row][:n].exp().sum(-1).log().square().sum()
+        objective = objective + knobs.entropy_penalty * (log_p_TV.exp() * log_p_TV).sum()
+    return objective, loss.detach(), second, again
 
 
 def share_of_peak(config: Config, step: int) -> float:
@@ -222,11 +290,10 @@ def replay(config: Config, corpus: Corpus) -> tuple[list[dict[str, float]], Weig
     """The run of ``config``: a record for each step, the final weights, and their average (empty without one)."""
     knobs, training, seed = config.regularizers, config.training, config.run.seed
     size, total, time = training.micro_size, training.max_steps or 0, config.model.context_length
-    n_targets = training.global_batch_size * time
     loader = TrainingLoader(corpus.split("train"), config.data, seed, time, training.global_batch_size)
     model, averaged = (GPT(config.model, 257, knobs).initialize(seed).double() for _ in range(2))
     weights = dict(model.named_parameters())
-    decays = {name: weight.ndim == 2 for name, weight in weights.items()}
+    decays = {name: weight.ndim == 2 and not name.startswith("auxiliary.") for name, weight in weights.items()}
     decays["embedding.weight"] = decays["embedding.weight"] and knobs.decay_embeddings
     mean, square = ({name: torch.zeros_like(weight) for name, weight in weights.items()} for _ in range(2))
     average: Weights = {}
@@ -234,15 +301,24 @@ def replay(config: Config, corpus: Corpus) -> tuple[list[dict[str, float]], Weig
     steps_per_epoch = ((corpus.split("train").n_tokens - 1) // time - 1) / training.global_batch_size
     records = []
     for step in range(total):
-        record = {"step": step + 1, "tokens": (step + 1) * n_targets}
+        kinds = readings(config, step)
+        n_targets = sum(time + 1 - offset for _, offset in kinds)
+        n_ordinary = time * kinds.count((False, 1))
+        record = {"step": step + 1, "tokens": (step + 1) * training.global_batch_size * time}
         record |= {"train/lr": config.optimizer.lr * share_of_peak(config, step)}
-        objective = loss = torch.zeros(())
+        objective = loss = second = again = torch.zeros(())
         model.train(dropout_acts(config, step))  # dropouts are all that it has two modes of
         for micro_batch in range(training.micro_batches):
             batch = loader.batch(step, micro_batch * size, size)
-            parts = sums_of(model, batch, config, (seed, step, micro_batch))
-            objective, loss = objective + parts[0] / n_targets, loss + parts[1] / n_targets
-        record |= {"train/objective": objective.item(), "train/loss": loss.item()}
+            mine = kinds[micro_batch * size : (micro_batch + 1) * size]
+            parts = sums_of(model, batch, mine, config, (seed, step, micro_batch))
+            objective, loss = objective + parts[0] / n_targets, loss + parts[1] / max(1, n_ordinary)
+            second = second + parts[2] / (n_targets - training.global_batch_size)
+            again = again + parts[3] / n_targets
+        objective = objective + knobs.multi_token_weight * second + knobs.masked_input_weight * again
+        record |= {"train/masked_input_loss": again.item()} if knobs.masked_input_weight else {}
+        record |= {"train/multi_token_loss": second.item()} if knobs.multi_token_weight else {}
+        record |= {"train/objective": objective.item()} | ({"train/loss": loss.item()} if n_ordinary else {})
         for name, weight in weights.items():
             if decays[name]:
                 objective = objective + knobs.l1 * weight.abs().sum() + knobs.l2 * weight.square().sum()
@@ -298,7 +374,8 @@ def test_a_run_is_its_replay_in_float64(
         for key, value in theirs.items():
             tolerance = {"abs": 1e-5} if key == "gap/loss" else {"rel": 3e-6}  # a difference of two losses
             assert ours[key] == pytest.approx(value, **tolerance), (ours["step"], key)
-        assert ("val_average/loss" in ours) == ("val_average/loss" in theirs)
+        for name in ("val_average/loss", "train/loss", "train/multi_token_loss", "train/masked_input_loss"):
+            assert (name in ours) == (name in theirs)
     last, far = existing(tmp_path / "runs/tiny/checkpoints")[0], 0
     for file, tensors in (("model", weights), ("average", average)):
         stored = read_tensors(last, file)

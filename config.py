@@ -106,6 +106,9 @@ class Run(Section):
     branch_from: str | None = None
     """Go on from this run (its newest checkpoint, or the one given) as a new run with the same data, model and seed,
     with its weights, moments and place in the data, and a schedule, length and regularizers of its own."""
+    teachers: list[str] = []
+    """regularizers.distillation_weight: finished runs (of which the best checkpoint is taken), checkpoints, or an
+    ensemble.json, whose mean prediction is learnt from, as in [runs/a,runs/b]."""
 
     @model_validator(mode="after")
     def _consistent(self) -> Run:
@@ -316,6 +319,11 @@ class Regularizers(Section):
     """Times the mean squared log-partition of the logits (PaLM 2022: 1e-4). Steadies training at high rates."""
     entropy_penalty: float = knob(0.0, "objective", typical=0.1, ge=0)
     """Times the mean entropy of the output, which is rewarded (Pereyra 2017). Against overconfidence."""
+    distillation_weight: float = knob(0.0, "objective", typical=0.5, ge=0, le=1)
+    """The target keeps 1 - this, and the mean prediction of run.teachers has the rest (Hinton 2015). Passes on most of
+    what an ensemble gains on repeated data (Kim 2025, 2509.14786)."""
+    distillation_temperature: float = knob(1.0, "modifier", typical=2.0, off=1.0, gt=0)
+    """Divides the logits of both sides where they are compared; the gradient is multiplied by its square."""
     weight_decay: float = knob(0.1, "weights", typical=0.1, ge=0)
     """Decoupled decay: w <- w (1 - lr * this) before each step (Loshchilov & Hutter 2019). Repeated data: 1 to 3."""
     weight_decay_epochs: float | None = knob(None, "weights", typical=5.0, off=None, gt=0)
@@ -487,6 +495,9 @@ class Config(Section):
             raise ValueError("regularizers.mixup_alpha excludes data.isolate_documents: mixtures have no documents")
         if self.regularizers.mixup_alpha and self.training.micro_size < 2:
             raise ValueError("regularizers.mixup_alpha mixes pairs: training.micro_batch_size must be at least 2")
+        if bool(self.regularizers.distillation_weight) != bool(self.run.teachers):
+            way = "give both, as in --regularizers.distillation_weight=0.5 --run.teachers=[runs/a,runs/b], or neither"
+            raise ValueError(f"regularizers.distillation_weight and run.teachers need each other; {way}")
         warmup, steps = self.schedule.warmup_steps or 0, self.training.max_steps
         if self.schedule.name not in ("cosine", "points") and steps is not None and warmup >= steps:
             lengths = f"schedule.warmup_steps={warmup} must be below training.max_steps={steps}"

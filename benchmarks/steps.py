@@ -34,6 +34,7 @@ def steps_of(shape: Shape) -> dict[str, Step]:
         "dropout 0.2": DROPOUT,
         "everything on": everything_on(),
         "everything but stochastic depth": everything_on(stochastic_depth=0.0),
+        "one teacher of its size": {"distillation_weight": 0.5},
     }
     steps: dict[str, Step] = {}
     for compile in ("off",) if DEVICE.type == "cpu" and missing_for_compile() else ("off", "on"):

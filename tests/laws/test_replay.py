@@ -29,6 +29,7 @@ from data.loader import Batch, TrainingLoader
 from data.shards import Corpus, Split
 from model.gpt import GPT
 from randomness import numpy_generator, seed_activations, torch_generator
+from tracking.load_run import load_model
 from tracking.metrics import read_metrics
 from training.checkpoint import existing, read_tensors
 
@@ -102,6 +103,23 @@ RUNS = {
         "regularizers__mlp_dropout": 0.2,
         "regularizers__ema_decay": 0.8,
     },
+    "distilled": COMMON
+    | {
+        "model__family": "gpt2",
+        "optimizer__grad_clip": 1.3,
+        "optimizer__lr": 1e-2,
+        "schedule__warmup_steps": 3,
+        "regularizers__mlp_dropout": 0.1,
+        "regularizers__token_replacement": 0.1,
+        "regularizers__mixup_alpha": 0.4,
+        "regularizers__label_smoothing": 0.1,
+        "regularizers__z_loss": 1e-2,
+        "regularizers__entropy_penalty": 0.05,
+        "regularizers__distillation_weight": 0.4,
+        "regularizers__distillation_temperature": 2.0,
+        "regularizers__weight_decay_schedule": "linear",
+        "regularizers__ema_decay": 0.8,
+    },
 }
 
 
@@ -148,6 +166,24 @@ def changed_inputs(batch: Batch, config: Config, key: tuple[int, int, int]) -> t
     return tokens_BT, Changes(noise_BTD, kept_BT.double() / (1 - token_dropout), partner_B, share_B)
 
 
+def divergence(logits_BTV: Tensor, batch: Batch, changes: Changes, config: Config) -> Tensor:
+    """KL from the mean of the teachers to the student at the temperature, summed over tokens (Hinton 2015).
+
+    The teachers read the batch as it is; the target of a mixture is the mixture of their predictions.
+    """
+    temperature = config.regularizers.distillation_temperature
+    theirs_BTV = torch.zeros_like(logits_BTV)
+    for path in config.run.teachers:
+        teacher = load_model(path)[0].double()
+        with torch.no_grad():
+            odds_BTV = (teacher.logits(teacher(batch.tokens_BT)) / temperature).exp()
+        p_BTV = odds_BTV / odds_BTV.sum(-1, keepdim=True) / len(config.run.teachers)
+        share_B11 = changes.share_B[:, None, None]
+        theirs_BTV += share_B11 * p_BTV + (1 - share_B11) * p_BTV[changes.partner_B]
+    odds_BTV = (logits_BTV / temperature).exp()
+    return (theirs_BTV * (theirs_BTV / (odds_BTV / odds_BTV.sum(-1, keepdim=True))).log()).sum()
+
+
 def sums_of(model: GPT, batch: Batch, config: Config, key: tuple[int, int, int]) -> tuple[Tensor, Tensor]:
     """The objective and the plain cross-entropy of a micro-batch, summed over its tokens."""
     knobs = config.regularizers
@@ -164,6 +200,9 @@ def sums_of(model: GPT, batch: Batch, config: Config, key: tuple[int, int, int])
             rest_T = log_p_BTV[row].sum(1) - log_p_T
             loss = loss - weight * log_p_T.sum()
             objective = objective - weight * ((1 - knobs.label_smoothing) * log_p_T + rest_T / others).sum()
+    if alpha := knobs.distillation_weight:
+        scale = alpha * knobs.distillation_temperature**2
+        objective = (1 - alpha) * objective + scale * divergence(logits_BTV, batch, changes, config)
     objective = objective + knobs.z_loss * logits_BTV.exp().sum(-1).log().square().sum()
     objective = objective + knobs.entropy_penalty * (log_p_BTV.exp() * log_p_BTV).sum()
     return objective, loss.detach()
@@ -284,9 +323,10 @@ def replay(config: Config, corpus: Corpus) -> tuple[list[dict[str, float]], Weig
 
 @pytest.mark.parametrize("name", list(RUNS))
 def test_a_run_is_its_replay_in_float64(
-    name: str, train: Train, tiny: Callable[..., list[str]], tmp_path: Path
+    name: str, train: Train, tiny: Callable[..., list[str]], tmp_path: Path, whole_run: Path
 ) -> None:
-    flags = tiny(**RUNS[name])
+    teachers = [whole_run, whole_run / "checkpoints/step_00000020"] if name == "distilled" else []
+    flags = tiny(**RUNS[name], run__teachers=f"[{','.join(map(str, teachers))}]")
     assert train(flags).returncode == 0
     config = parse(flags)
     corpus = Corpus.open(next((tmp_path / "corpora").glob("[!.]*")))

@@ -24,9 +24,12 @@ def load_teachers(
     Of a run the best checkpoint is taken, of a checkpoint the averaged weights, where it has some. Raises BadInput that
     names each one that is not finished, reads other tokens, or cannot read as many, with the way out.
     """
-    lines = [line for path in config.run.teachers for line in unfinished(path, config)]
-    listed = [] if lines else list_members(config.run.teachers)
-    lines += [line for entry in listed for line in differences(entry, config, corpus)]
+    try:
+        lines = [line for path in config.run.teachers for line in unfinished(path, config)]
+        listed = [] if lines else list_members(config.run.teachers)
+        lines += [line for entry in listed for line in differences(entry, config, corpus)]
+    except BadInput as problem:
+        raise BadInput(f"run.teachers: {problem}") from None
     if lines:
         raise BadInput("run.teachers cannot teach this run:\n" + "\n".join(f"  {line}" for line in lines))
     total, teachers, warnings = sum(entry.weight for entry in listed), [], []

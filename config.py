@@ -107,6 +107,9 @@ class Run(Section):
     branch_from: str | None = None
     """Go on from this run (its newest checkpoint, or the one given) as a new run with the same data, model and seed,
     with its weights, moments and place in the data, and a schedule, length and regularizers of its own."""
+    teachers: list[str] = []
+    """regularizers.distillation_weight: finished runs (of which the best checkpoint is taken), checkpoints, or an
+    ensemble.json, whose mean prediction is learnt from, as in [runs/a,runs/b]."""
 
     @model_validator(mode="after")
     def _consistent(self) -> Run:
@@ -331,6 +334,11 @@ class Regularizers(Section):
     (arXiv 2606.06888: 0.4). For data repeated many times; a step takes about twice the time."""
     masked_input_rate: float = knob(0.5, "modifier", typical=0.3, off=0.5, gt=0, le=1)
     """The share of replaced embeddings is drawn for each sequence, evenly between 0 and this."""
+    distillation_weight: float = knob(0.0, "objective", typical=0.5, ge=0, le=1)
+    """The target keeps 1 - this, and the mean prediction of run.teachers has the rest (Hinton 2015). Passes on most of
+    what an ensemble gains on repeated data (Kim 2025, 2509.14786)."""
+    distillation_temperature: float = knob(1.0, "modifier", typical=2.0, off=1.0, gt=0)
+    """Divides the logits of both sides where they are compared; the gradient is multiplied by its square."""
     weight_decay: float = knob(0.1, "weights", typical=0.1, ge=0)
     """Decoupled decay: w <- w (1 - lr * this) before each step (Loshchilov & Hutter 2019). Repeated data: 1 to 3."""
     weight_decay_epochs: float | None = knob(None, "weights", typical=5.0, off=None, gt=0)
@@ -372,6 +380,12 @@ class Regularizers(Section):
         if self.dropout_from >= self.dropout_until:
             window = f"dropout_from={self.dropout_from:g} must be below dropout_until={self.dropout_until:g}"
             raise ValueError(f"regularizers.{window}; for no dropout at all set the rates to 0")
+        if self.distillation_weight and (self.reversed_fraction or self.target_offset > 1):
+            what = "teachers predict the next token, from left to right"
+            raise ValueError(
+                f"regularizers.distillation_weight excludes reversed_fraction and target_offset: {what}; "
+                "set reversed_fraction to 0 and target_offset to 1"
+            )
         self._check_one_decay()
         return self
 
@@ -506,6 +520,9 @@ class Config(Section):
         if offset >= context:
             sizes = f"regularizers.target_offset={offset} must be below model.context_length={context}"
             raise ValueError(f"{sizes}: a window has no token so far ahead; lower it")
+        if bool(self.regularizers.distillation_weight) != bool(self.run.teachers):
+            way = "give both, as in --regularizers.distillation_weight=0.5 --run.teachers=[runs/a,runs/b], or neither"
+            raise ValueError(f"regularizers.distillation_weight and run.teachers need each other; {way}")
         warmup, steps = self.schedule.warmup_steps or 0, self.training.max_steps
         if self.schedule.name not in ("cosine", "points") and steps is not None and warmup >= steps:
             lengths = f"schedule.warmup_steps={warmup} must be below training.max_steps={steps}"

@@ -76,7 +76,8 @@ def train(config: Config, hardware: Hardware) -> int:
         model.to(hardware.device)
         began_on = run.before.get("hardware", {})
         hardware = resolve_compile(hardware, config, began_on, model.count_parameters(), plan.total_steps)
-        learner = Learner(model, config, hardware, plan.total_steps, loader.steps_per_epoch)
+        teachers = run.teachers(corpus)
+        learner = Learner(model, config, hardware, plan.total_steps, loader.steps_per_epoch, teachers)
         judge = Judge(corpus, loader.split, config)
         progress = run.resume(learner, corpus)
 

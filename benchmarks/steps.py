@@ -36,6 +36,7 @@ def steps_of(shape: Shape) -> dict[str, Step]:
         "dropout 0.2": DROPOUT,
         "everything on": everything_on(),
         "everything but stochastic depth": everything_on(stochastic_depth=0.0),
+        "one teacher of its size": {"distillation_weight": 0.5},
     }
     alone = {name: {name: everything_on()[name]} for name in ALONE}
     steps: dict[str, Step] = {}

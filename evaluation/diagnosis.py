@@ -267,6 +267,7 @@ def lower(config: Config | None, epochs: float | None) -> list[str]:
     for name, knob in Regularizers.model_fields.items():
         extra: Any = knob.json_schema_extra
         hinders = extra["kind"] in ("activation", "input", "objective") or name in ("l1", "l2")
+        hinders &= name != "distillation_weight"  # its teachers show what can be fitted
         if hinders and getattr(knobs, name) != extra["off"]:
             flags.append(f"--regularizers.{name}={extra['off']}")
     if knobs.weight_decay > 0.1:

@@ -8,18 +8,16 @@ Shape suffixes: N tokens of a batch, R tokens of one chunk, D width, V vocabular
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
 from tqdm import tqdm
 
-from config import BadInput, Config, all_errors
+from config import BadInput, Config
 from data.loader import EvaluationBatches
 from data.shards import Corpus, Split
 from evaluation.evaluate import Sums, hidden_states, in_chunks
@@ -27,24 +25,8 @@ from evaluation.uncertainty import Mixture, entropy
 from files import write_json
 from hardware import Hardware
 from model.gpt import GPT
-from tracking.load_run import load_model, locate, run_of
+from tracking.load_run import Listed, load_model, run_of
 from tracking.run_directory import read_summary
-
-
-class Listed(BaseModel):
-    """One member as ensemble.json lists it."""
-
-    model_config = ConfigDict(extra="ignore", frozen=True)
-    run: str
-    """A run directory, relative to where the program runs."""
-    checkpoint: str = Field(pattern=r"^step_\d{8,}$")
-    weight: float = Field(1.0, gt=0, allow_inf_nan=False)
-    """Its share of the average is this over the sum of all."""
-
-    @property
-    def path(self) -> Path:
-        """The checkpoint's directory."""
-        return Path(self.run) / "checkpoints" / self.checkpoint
 
 
 class Member(NamedTuple):
@@ -55,36 +37,7 @@ class Member(NamedTuple):
     config: Config
 
 
-# ---------------------------------------------------------------------------------------------- the list of members
-
-
-def list_members(paths: list[str]) -> list[Listed]:
-    """The members that ``paths`` stand for: run directories (of which the best checkpoint is taken), checkpoints, and
-    files as ``save_ensemble`` writes them. Raises BadInput for a path that is none of these."""
-    found = []
-    for path in map(Path, paths):
-        if path.is_file():
-            found += read_list(path)
-            continue
-        run, checkpoint = locate(path)
-        here = Path.cwd()
-        shown = run.relative_to(here) if run.is_relative_to(here) else run
-        found.append(Listed(run=str(shown), checkpoint=checkpoint.name))
-    return found
-
-
-def read_list(path: Path) -> list[Listed]:
-    """The members of an ensemble.json; raises BadInput if it is none."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        members = [Listed.model_validate(member) for member in content["members"]]
-    except ValidationError as problem:
-        raise BadInput(f"{path}: {all_errors(problem)}") from None
-    except (OSError, ValueError, KeyError, TypeError) as problem:
-        raise BadInput(f"{path} is no list of members as scripts.evaluate --save writes it ({problem!r})") from None
-    if not members:
-        raise BadInput(f"{path} lists no members; give it some")
-    return members
+# ---------------------------------------------------------------------------------------------- the members
 
 
 def check_members(listed: list[Listed]) -> None:

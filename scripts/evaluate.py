@@ -101,9 +101,9 @@ def split_names(asked: str, corpus: Corpus) -> list[str]:
 def evaluate_ensemble(options: argparse.Namespace) -> int:
     """The mean probability of several runs or checkpoints; returns the exit code."""
     import pictures
-    from evaluation.ensemble import evaluate_listed, list_members, save_ensemble
+    from evaluation.ensemble import evaluate_listed, save_ensemble
     from hardware import resolve
-    from tracking.load_run import load_corpus
+    from tracking.load_run import list_members, load_corpus
     from tracking.run_directory import read_config, read_summary
 
     listed = list_members(options.runs)

@@ -32,9 +32,9 @@ def main(arguments: list[str]) -> int:
         raise BadInput(f"--samples {options.samples}: give at least 1")
 
     from data.tokenizers import end_of_text, load_tokenizer
-    from evaluation.ensemble import list_members, load_members
+    from evaluation.ensemble import load_members
     from model.generate import check_sampling, sample_text
-    from tracking.load_run import run_tokenizer
+    from tracking.load_run import list_members, run_tokenizer
 
     drawing = (options.temperature, options.top_k, options.top_p)
     check_sampling(options.tokens, *drawing)

@@ -26,9 +26,9 @@ def read_ensembles(findings: Findings) -> dict[str, dict[str, Any]]:
 def write_ensembles(findings: Findings) -> None:
     """Evaluate the ensemble of each point that has two finished seeds or more, where that was not done yet."""
     import_torch()
-    from evaluation.ensemble import evaluate_listed, list_members
+    from evaluation.ensemble import evaluate_listed
     from hardware import resolve
-    from tracking.load_run import load_corpus
+    from tracking.load_run import list_members, load_corpus
 
     study, known = findings.study, read_ensembles(findings)
     points = {point.name: point for point in findings.points}

@@ -42,7 +42,11 @@ def families(names: set[str]) -> set[str]:
 
 
 def test_formats_lists_what_a_run_writes(
-    tiny: Callable[..., list[str]], train: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny: Callable[..., list[str]],
+    train: Callable[..., Any],
+    whole_run: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Every field of a run in which all optional ones appear is in its table, and every field of a table in the run.
 
@@ -52,7 +56,7 @@ def test_formats_lists_what_a_run_writes(
     names = {name: extra["typical"] for name, extra in extras.items() if extra["kind"] in ("objective", "weights")}
     names["ema_decay"] = 0.9
     knobs = {f"regularizers__{name}": value for name, value in names.items()}
-    assert train(tiny(**knobs, run__dir="runs")).returncode == 0
+    assert train(tiny(**knobs, run__dir="runs", run__teachers=f"[{whole_run}]")).returncode == 0
     run = tmp_path / "runs/tiny"
     summary = json.loads((run / "summary.json").read_text())
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]

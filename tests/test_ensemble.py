@@ -15,12 +15,12 @@ from torch import Tensor
 
 from config import BadInput
 from data.shards import Corpus
-from evaluation.ensemble import Listed, Member, Scores, evaluate_ensemble, list_members, load_members, read_list
+from evaluation.ensemble import Member, Scores, evaluate_ensemble, load_members
 from hardware import Hardware
 from model.generate import log_mean
 from scripts import evaluate as evaluate_script
 from scripts import generate as generate_script
-from tracking.load_run import load_corpus
+from tracking.load_run import Listed, list_members, load_corpus, read_list
 
 Train = Callable[..., subprocess.CompletedProcess[str]]
 Flags = Callable[..., list[str]]

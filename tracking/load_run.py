@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from config import BadInput, Config, Model
+from config import BadInput, Config, Model, all_errors
 from data.shards import Corpus
 from data.tokenizers import load_tokenizer
 from files import sha256
@@ -185,3 +186,51 @@ def read_weights(checkpoint: Path, which: Weights = "best available") -> dict[st
     if "embedding.weight" not in weights:
         raise BadInput(f"{checkpoint} holds no embedding.weight: it is not a checkpoint of a GPT")
     return weights
+
+
+# ---------------------------------------------------------------------------------------------- lists of runs
+
+
+class Listed(BaseModel):
+    """One member as ensemble.json lists it."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True)
+    run: str
+    """A run directory, relative to where the program runs."""
+    checkpoint: str = Field(pattern=r"^step_\d{8,}$")
+    weight: float = Field(1.0, gt=0, allow_inf_nan=False)
+    """Its share of the average is this over the sum of all."""
+
+    @property
+    def path(self) -> Path:
+        """The checkpoint's directory."""
+        return Path(self.run) / "checkpoints" / self.checkpoint
+
+
+def list_members(paths: list[str]) -> list[Listed]:
+    """The members that ``paths`` stand for: run directories (of which the best checkpoint is taken), checkpoints, and
+    files as ``save_ensemble`` writes them. Raises BadInput for a path that is none of these."""
+    found = []
+    for path in map(Path, paths):
+        if path.is_file():
+            found += read_list(path)
+            continue
+        run, checkpoint = locate(path)
+        here = Path.cwd()
+        shown = run.relative_to(here) if run.is_relative_to(here) else run
+        found.append(Listed(run=str(shown), checkpoint=checkpoint.name))
+    return found
+
+
+def read_list(path: Path) -> list[Listed]:
+    """The members of an ensemble.json; raises BadInput if it is none."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        members = [Listed.model_validate(member) for member in content["members"]]
+    except ValidationError as problem:
+        raise BadInput(f"{path}: {all_errors(problem)}") from None
+    except (OSError, ValueError, KeyError, TypeError) as problem:
+        raise BadInput(f"{path} is no list of members as scripts.evaluate --save writes it ({problem!r})") from None
+    if not members:
+        raise BadInput(f"{path} lists no members; give it some")
+    return members

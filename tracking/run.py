@@ -24,6 +24,7 @@ from tracking.branch import Branch, checkpoint_to_branch_from, open_branch
 from tracking.console import Console, tell_results, tell_start
 from tracking.load_run import initial_weights
 from tracking.metrics import Metrics, read_metrics, results_of
+from tracking.teachers import check_unchanged, load_teachers
 from tracking.weights_and_biases import Mirror, start_wandb
 from training import checkpoint
 from training.failures import check_weights
@@ -33,6 +34,7 @@ from training.processes import barrier, gathered, on_main
 from training.progress import Judgement, Plan, Progress
 from training.schedule import warmup_warning
 from training.step import StepResult
+from training.teachers import Teacher
 
 
 class Run:
@@ -91,6 +93,13 @@ class Run:
                 f"{self.path} was trained on the corpus {before}, and the data now give {corpus.fingerprint}; "
                 "restore the data, use another --run.name, or --run.resume=never"
             )
+
+    def teachers(self, corpus: Corpus) -> list[Teacher]:
+        """The models of run.teachers; raises BadInput when they cannot teach it, or are not those it began with."""
+        teachers, warnings = load_teachers(self.config, corpus, self.hardware.device)
+        check_unchanged(self.before.get("teachers", []), teachers, self.path)
+        self.warnings += warnings
+        return teachers
 
     def tell_again(self, diagnose: Callable[[list[dict[str, Any]]], str]) -> int:
         """Tell the results of a run that is finished already; returns the exit code."""
@@ -180,11 +189,13 @@ class Run:
             parameters=parameters,
             total_steps=plan.total_steps,
             branch=self.branch.described if self.branch else self.before.get("branch"),
+            teachers=[teacher.described for teacher in learner.teachers],
         )
         text = f"{corpus.directory}, {training_tokens:,} training tokens"
         length = f"{plan.total_steps:,} steps, {plan.epoch_at(plan.total_steps):,.2f} epochs"
         tell_start(self.path, progress.step, text, length, self.config, parameters, hardware)
         lines = describe_groups(learner.optimizers, self.config.regularizers, plan.steps_per_epoch)
+        lines += [f"teacher    {one.described['checkpoint']}, {one.share:.0%} of the mean" for one in learner.teachers]
         print("\n".join([*lines, *(self.branch.lines() if self.branch else [])]), flush=True)
         self.metrics = Metrics(self.path, progress.step)
         self.console = Console(progress.step, plan.total_steps)

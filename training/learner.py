@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
@@ -26,6 +27,7 @@ from training.optimizer import (
 )
 from training.processes import my_micro_batches
 from training.schedule import learning_rate_ratio
+from training.teachers import Teacher
 
 
 class Learner:
@@ -37,14 +39,22 @@ class Learner:
         hardware: with ``compile`` resolved.
         total_steps: the length of the run, on which the schedules depend.
         steps_per_epoch: in which a weight decay may be given.
+        teachers: whose predictions are distilled.
     """
 
     def __init__(
-        self, model: GPT, config: Config, hardware: Hardware, total_steps: int, steps_per_epoch: float
+        self,
+        model: GPT,
+        config: Config,
+        hardware: Hardware,
+        total_steps: int,
+        steps_per_epoch: float,
+        teachers: Sequence[Teacher] = (),
     ) -> None:
         training = config.training
         self.model, self.config, self.hardware, self.total_steps = model, config, hardware, total_steps
         self.forward = torch.compile(model, dynamic=False) if hardware.compile else model
+        self.teachers = [teacher.compiled() if hardware.compile else teacher for teacher in teachers]
         self.stochastic = [module for module in model.modules() if isinstance(module, STOCHASTIC)]
         self.optimizers = build_optimizers(model, config, steps_per_epoch)
         self.decayed = decayed_parameters(self.optimizers)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import chain
 
@@ -26,6 +26,7 @@ from training.faults import inject_fault
 from training.learner import Learner
 from training.optimizer import clip_gradients
 from training.signals import StopSignals
+from training.teachers import Teacher, predictions
 
 
 @dataclass
@@ -61,7 +62,7 @@ def training_step(learner: Learner, batches: Batches, step: int, signals: StopSi
         first = step * training.global_batch_size + micro_batch * training.micro_size
         samples += fingerprint(first, batch.sample_ids_B)
         key = (config.run.seed, step, micro_batch)
-        terms = differentiate(batch, key, model, learner.forward, config, learner.hardware)
+        terms = differentiate(batch, key, model, learner.forward, config, learner.hardware, learner.teachers)
         inject_fault("gradient", step + 1, chain(terms.values(), (weight.grad for weight in model.parameters())))
         # What is summed along with the gradients: the loss terms, and whether this process was told to stop.
         names = sorted(terms)
@@ -89,6 +90,7 @@ def differentiate(
     forward: Callable[..., Tensor],
     config: Config,
     hardware: Hardware,
+    teachers: Sequence[Teacher] = (),
 ) -> dict[str, Tensor]:
     """Add the gradients of one micro-batch to ``.grad``; returns the objective and its terms (see ``objective``).
 
@@ -99,6 +101,7 @@ def differentiate(
         forward: the model, compiled or not.
         config: that of the run; the gradients of a step are those of the mean over all of its tokens.
         hardware: the precision in which the model runs.
+        teachers: whose predictions are distilled.
     """
     regularizers, (seed, step, micro_batch) = config.regularizers, key
     step_readings = draw_readings(regularizers, config.training.global_batch_size, seed, step)
@@ -106,6 +109,7 @@ def differentiate(
     batch, readings = as_read(batch, step_readings, micro_batch)
     tokens_BT = replace_tokens(batch.tokens_BT, regularizers.token_replacement, model.vocab_size, *key)
     changes = draw_changes((*tokens_BT.shape, config.model.d_model), regularizers, *key, hardware.device, readings)
+    taught = predictions(teachers, batch, changes, hardware)
     seed_activations(*key)
     with hardware.autocast():
         hidden_BTD = forward(tokens_BT, batch.positions_BT, batch.documents_BT, changes=changes)
@@ -120,6 +124,7 @@ def differentiate(
         n_targets,
         mixed=mixed,
         ordinary_N=None if ordinary_BT is None else ordinary_BT.flatten(),
+        taught=taught,
     )
     n_after_next = max(1, n_targets - config.training.global_batch_size)
     second = multi_token_terms(

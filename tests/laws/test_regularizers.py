@@ -53,12 +53,19 @@ COMPANIONS: dict[str, dict[str, Any]] = {
     "cautious_weight_decay": {"weight_decay": 0.1},
     "dropout_from": {"residual_dropout": 0.1, "token_dropout": 0.1, "stochastic_depth": 0.1},
     "dropout_until": {"attention_dropout": 0.1, "token_dropout": 0.1, "stochastic_depth": 0.1},
+    "distillation_temperature": {"distillation_weight": 0.5},
     "decay_embeddings": {"weight_decay": 0.1},
     "swa_every": {"swa_start": 0.0},
     "early_stopping_min_delta": {"early_stopping_patience": 1},
 }
 # Modifiers that are read in the middle of what they modify, where only their off value can take them out.
-READ_INSIDE = ("masked_input_rate", "decay_embeddings", "swa_every", "early_stopping_min_delta")
+READ_INSIDE = (
+    "masked_input_rate",
+    "distillation_temperature",
+    "decay_embeddings",
+    "swa_every",
+    "early_stopping_min_delta",
+)
 # Typical values that would act too late to be seen within five steps.
 WITHIN_FIVE_STEPS = {"swa_every": 2, "swa_start": 0.4, "early_stopping_patience": 1, "early_stopping_min_delta": 9.0}
 # Inputs whose expectation changes, and with it what is to be learnt.
@@ -94,8 +101,8 @@ class Outcome:
 
 
 @pytest.fixture(scope="module")
-def five_steps(tmp_path_factory: pytest.TempPathFactory, text_file: Path) -> Callable[..., Outcome]:
-    """Five steps of the real program with every regularizer off but those given."""
+def five_steps(tmp_path_factory: pytest.TempPathFactory, text_file: Path, whole_run: Path) -> Callable[..., Outcome]:
+    """Five steps of the real program with every regularizer off but those given; distillation is from ``whole_run``."""
     home = tmp_path_factory.mktemp("laws")
     count = iter(range(1000))
 
@@ -104,6 +111,8 @@ def five_steps(tmp_path_factory: pytest.TempPathFactory, text_file: Path) -> Cal
         changes |= {"training.max_steps": "5", "evaluation.every": "1", "evaluation.sample_tokens": "0"}
         changes |= {"training.micro_batch_size": "4", "evaluation.max_tokens": "300"}
         changes |= {f"regularizers.{name}": "null" if v is None else str(v) for name, v in (OFF | knobs).items()}
+        if knobs.get("distillation_weight"):
+            changes["run.teachers"] = f"[{whole_run}]"
         before = os.getcwd()
         os.chdir(home)
         try:
@@ -139,12 +148,13 @@ def without_objective_terms() -> Any:
     source = inspect.getsource(objective)
     second_targets = "if self.second_R1 is not None and self.share_R1 is not None:"
     conditions = ("if config.z_loss:", "if config.entropy_penalty:", "if self.spread:", "if z_sum_R1 is not None:")
-    changes = dict.fromkeys((*conditions, second_targets, "if mixed is not None:"), "if False:")
+    distilled = ("if taught:", "if distillation is not None:", "if self.distillation is not None:")
+    changes = dict.fromkeys((*conditions, second_targets, "if mixed is not None:", *distilled), "if False:")
     changes |= {
         "z_RV.sum(1, keepdim=True) if self.spread else None": "None",
         "shifted_RV.exp() if config.entropy_penalty else shifted_RV.exp_()": "shifted_RV.exp_()",
-        "weight_R1 * (1 + 2 * config.z_loss * self.log_z_R1) if config.z_loss else weight_R1": "weight_R1",
-        "-(1 - config.label_smoothing - self.spread) * weight_R1": "-weight_R1",
+        "weight_R1 if self.distillation is None else self.kept * weight_R1": "weight_R1",
+        "-(1 - config.label_smoothing - self.spread) * kept_R1": "-weight_R1",
     }
     for before, after in changes.items():
         assert before in source, before
@@ -191,6 +201,7 @@ def take_out(kind: str, code: Replacements) -> None:
         code.put(step, "objective", without_objective_terms())
         code.put(step, "multi_token_terms", lambda *rest: {})
         code.put(step, "mask_inputs", lambda *rest: None)
+        code.put(step, "predictions", lambda *rest: [])
     elif kind == "weights":
         plain = torch.optim.Adam  # has no decay at all
 
@@ -316,9 +327,9 @@ def test_inputs_keep_their_expectation(name: str) -> None:
 def test_everything_is_everything(listed: dict[str, Any]) -> None:
     """Runs said to have every regularizer on have each; SWA excludes EMA, and stopping would end them.
 
-    weight_decay_epochs excludes weight_decay.
+    weight_decay_epochs excludes weight_decay, and distillation needs teachers: tests/test_distillation.py has it.
     """
     names = {key.replace("__", ".").removeprefix("regularizers.") for key in listed}
-    excluded = {"swa_start", "weight_decay_epochs"}
+    excluded = {"swa_start", "weight_decay_epochs", "distillation_weight"}
     assert set(of_kind("input", "activation", "objective", "weights", "average")) - excluded <= names
     assert {"cautious_weight_decay", "dropout_from", "dropout_until"} <= names

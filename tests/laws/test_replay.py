@@ -29,6 +29,7 @@ from data.loader import Batch, TrainingLoader
 from data.shards import Corpus, Split
 from model.gpt import GPT
 from randomness import numpy_generator, seed_activations, torch_generator
+from tracking.load_run import load_model
 from tracking.metrics import read_metrics
 from training.checkpoint import existing, read_tensors
 
@@ -106,6 +107,23 @@ RUNS = {
         "regularizers__dropout_until": 0.5,
         "regularizers__token_dropout": 0.1,
         "regularizers__mlp_dropout": 0.2,
+        "regularizers__ema_decay": 0.8,
+    },
+    "distilled": COMMON
+    | {
+        "model__family": "gpt2",
+        "optimizer__grad_clip": 1.3,
+        "optimizer__lr": 1e-2,
+        "schedule__warmup_steps": 3,
+        "regularizers__mlp_dropout": 0.1,
+        "regularizers__token_replacement": 0.1,
+        "regularizers__mixup_alpha": 0.4,
+        "regularizers__label_smoothing": 0.1,
+        "regularizers__z_loss": 1e-2,
+        "regularizers__entropy_penalty": 0.05,
+        "regularizers__distillation_weight": 0.4,
+        "regularizers__distillation_temperature": 2.0,
+        "regularizers__weight_decay_schedule": "linear",
         "regularizers__ema_decay": 0.8,
     },
 }
@@ -195,6 +213,24 @@ def changed_inputs(
     )
 
 
+def divergence(logits_BTV: Tensor, batch: Batch, changes: Changes, config: Config) -> Tensor:
+    """KL from the mean of the teachers to the student at the temperature, summed over tokens (Hinton 2015).
+
+    The teachers read the batch as it is; the target of a mixture is the mixture of their predictions.
+    """
+    temperature = config.regularizers.distillation_temperature
+    theirs_BTV = torch.zeros_like(logits_BTV)
+    for path in config.run.teachers:
+        teacher = load_model(path)[0].double()
+        with torch.no_grad():
+            odds_BTV = (teacher.logits(teacher(batch.tokens_BT)) / temperature).exp()
+        p_BTV = odds_BTV / odds_BTV.sum(-1, keepdim=True) / len(config.run.teachers)
+        share_B11 = changes.share_B[:, None, None]
+        theirs_BTV += share_B11 * p_BTV + (1 - share_B11) * p_BTV[changes.partner_B]
+    odds_BTV = (logits_BTV / temperature).exp()
+    return (theirs_BTV * (theirs_BTV / (odds_BTV / odds_BTV.sum(-1, keepdim=True))).log()).sum()
+
+
 def sums_of(
     model: GPT, batch: Batch, kinds: list[Kind], config: Config, key: tuple[int, int, int]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -217,7 +253,7 @@ def sums_of(
         masked = replace(changes, masked_BT=torch.rand(tokens_BT.shape, generator=generator) < rate_B1)
         seed_activations(*key, purpose="activations of the masked pass")
         log_p_masked_BTV = model.logits(model(tokens_BT, changes=masked)).log_softmax(-1)  # type: ignore[arg-type]
-    objective, loss, second, again = (torch.zeros(()) for _ in range(4))
+    objective, regular, loss, second, again = (torch.zeros(()) for _ in range(5))
     for row, share in enumerate(changes.share_B):
         n = logits_BTV.shape[1] + 1 - kinds[row][1]
         others = (logits_BTV.shape[-1] - 1) / knobs.label_smoothing if knobs.label_smoothing else math.inf
@@ -231,10 +267,13 @@ def sums_of(
             second = second - weight * log_p_after.sum()
             again = again - weight * log_p_masked_BTV[row][:n].gather(1, target_T1).sum()
             objective = objective - weight * ((1 - knobs.label_smoothing) * log_p_T + rest_T / others).sum()
+        regular = regular + knobs.z_loss * logits_BTV[row][:n].exp().sum(-1).log().square().sum()
         log_p_TV = log_p_BTV[row][:n]
-        objective = objective + knobs.z_loss * logits_BTV[row][:n].exp().sum(-1).log().square().sum()
-        objective = objective + knobs.entropy_penalty * (log_p_TV.exp() * log_p_TV).sum()
-    return objective, loss.detach(), second, again
+        regular = regular + knobs.entropy_penalty * (log_p_TV.exp() * log_p_TV).sum()
+    if alpha := knobs.distillation_weight:
+        scale = alpha * knobs.distillation_temperature**2
+        objective = (1 - alpha) * objective + scale * divergence(logits_BTV, batch, changes, config)
+    return objective + regular, loss.detach(), second, again
 
 
 def share_of_peak(config: Config, step: int) -> float:
@@ -360,9 +399,10 @@ def replay(config: Config, corpus: Corpus) -> tuple[list[dict[str, float]], Weig
 
 @pytest.mark.parametrize("name", list(RUNS))
 def test_a_run_is_its_replay_in_float64(
-    name: str, train: Train, tiny: Callable[..., list[str]], tmp_path: Path
+    name: str, train: Train, tiny: Callable[..., list[str]], tmp_path: Path, whole_run: Path
 ) -> None:
-    flags = tiny(**RUNS[name])
+    teachers = [whole_run, whole_run / "checkpoints/step_00000020"] if name == "distilled" else []
+    flags = tiny(**RUNS[name], run__teachers=f"[{','.join(map(str, teachers))}]")
     assert train(flags).returncode == 0
     config = parse(flags)
     corpus = Corpus.open(next((tmp_path / "corpora").glob("[!.]*")))

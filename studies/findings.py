@@ -239,11 +239,14 @@ def luck(findings: Findings, best: Point) -> list[str]:
 
 def nothing_leads(findings: Findings, best: Point) -> list[str]:
     """The answer when the baseline is best."""
-    row = findings.row(best)
-    if findings.design.own and row is not None:
+    if findings.design.own:
+        led, tried = findings.rows[0], counted(len(findings.study.tuning_seeds), "seed")
+        rate = times(findings.design.chosen[findings.points[0].name])
         return [
             "No point did better than the baseline once each had its own learning rate.",
-            f"At one rate for all {short(best.name)} led by {findings.amount(row.mean)}; that gain is one of the rate.",
+            f"At one rate for all {short(led.point)} led by {findings.amount(led.mean)}; on the {tried} on which rates "
+            "were tried nothing is left of that, so that no fresh seeds were run. "
+            f"Keep the baseline, at {rate} learning rate.",
         ]
     nearest = ""
     if findings.decision.search is not None:

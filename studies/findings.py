@@ -285,7 +285,7 @@ def fresh_run_failed(findings: Findings, best: Point) -> list[str]:
     return [
         f"Not confirmed: a run failed, {short(name)} on the fresh seed {seed}{more} ({result.reason}).",
         f"{short(best.name)} won the search, but what fails on a seed cannot be recommended, and leaving the run out "
-        "would flatter one side; mend the cause and give the same command again.",
+        "would flatter one side; mend the cause and give the same command again, or leave out a point that diverges.",
     ]
 
 

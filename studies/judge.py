@@ -23,7 +23,7 @@ import files
 from config import BadInput, Config
 from program import warn
 from studies.decision import Decision, judge_groups, judge_pairs, level, once_in, paired, seeds_needed
-from studies.record import count_look
+from studies.record import count_look, number_of, read_looks
 from studies.results import DIVERGED, FINISHED, metric_value
 from studies.space import FRESH_SEEDS, METRICS, TUNING_SEEDS
 from tracking.run_directory import HARDWARE, is_free, read_config, read_summary
@@ -121,7 +121,7 @@ def judge(case: Case) -> tuple[Verdict, int | None]:
             look = count_look(case.record, case.subject, seen, {"metric": case.metric, "groups": list(case.names)})
         except OSError as problem:
             warn(f"this look is not recorded, later ones will not know of it: {case.record}: {problem.strerror}")
-            look = 1
+            look = number_of(seen, [entry["seen"] for entry in read_looks(case.record).get(case.subject, [])])
     return verdict_of(mine, its, look or 1, not case.metric.endswith("accuracy")), look
 
 

@@ -68,7 +68,7 @@ def read_looks(path: Path) -> dict[str, list[dict[str, Any]]]:
         record = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
         if all(isinstance(entry["seen"], str) for looks in record.values() for entry in looks):
             return dict(record)
-    except (ValueError, TypeError, KeyError, AttributeError):
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
         pass
     raise BadInput(f"{path} should hold the record of earlier looks but is damaged; restore it from a copy")
 

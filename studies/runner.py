@@ -40,7 +40,8 @@ def run_study(study: Study) -> int:
     left = unfinished(study, known.wanted)
     # What failed before is tried again first and alone, since the stages after it depend on it.
     queue.fill([pair for pair in left if known.result(*pair).over] or left, study.trials or 0)
-    crew.work(forecast(known) if left or queue.searching() else 0)
+    # What failed is over for the forecast, and is run again all the same.
+    crew.work(max(forecast(known), len(left)) if left or queue.searching() else 0)
     return outcome(crew, lambda: design(study).wanted)
 
 

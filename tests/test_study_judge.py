@@ -255,9 +255,15 @@ def test_looks_are_counted_and_the_same_data_are_the_same_look(
 def test_a_record_that_cannot_be_written_is_a_warning(
     runs: Callable[..., Study], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    runs({"plain": PLAIN, "decay": BETTER})
+    runs({"plain": PLAIN, "decay": BETTER, "dropout": SAME})
     code, told, errors = ask(capsys, DECAY, BASE, "--record", "nowhere/looks.json")
     assert code == 0 and told.startswith("Better") and "this look is not recorded" in errors
+    assert ask(capsys, DROPOUT, BASE, "--record", "mine.json")[0] == 10
+    Path("mine.lock").unlink()
+    Path("mine.lock").mkdir()  # a record that can be read and not added to: earlier looks count all the same
+    runs({"dropout": {8: 4.3}, "plain": {8: 4.2}})
+    told, errors = ask(capsys, DROPOUT, BASE, "--record", "mine.json")[1:]
+    assert "this look is not recorded" in errors and "This is look 2 at these two groups." in told
     Path("broken.json").write_text("[1")
     code, _, errors = ask(capsys, DECAY, BASE, "--record", "broken.json")
     assert code == 2 and "broken.json should hold the record of earlier looks but is damaged" in errors

@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 import yaml
 from conftest import ROOT, TINY, made_up_text
-from made_up_study import make_study, write_runs
+from made_up_study import make_study, write_run, write_runs
 
 from config import BadInput
 from scripts.study import main
@@ -244,6 +244,23 @@ def test_a_search_tries_as_many_points_as_asked(tmp_path: Path, monkeypatch: pyt
     assert {study.run_directory(point, 0).name for point in study.points()} == set(ends)
     assert design(study).stage == "done"
     assert finish(path)[0] == 0 and trained_to_the_end(tmp_path) == ends  # and none more when started again
+
+
+def test_a_run_that_failed_is_tried_again_though_nothing_else_is_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also in a study that an earlier version took further than this one would, of which more is done than is asked."""
+    study = make_study(tmp_path, space={"regularizers.weight_decay": [0.3, 3]}, confirm_seeds=0)
+    write_runs(study, lambda point: 0.0)
+    baseline = study.points()[0]
+    for seed in (3, 4, 5):
+        write_run(study, baseline, seed, 4.0)
+    write_run(study, baseline, 1, 4.0, status="failed")
+    worked: list[int] = []
+    monkeypatch.setattr("studies.runner.prepare", lambda _: None)
+    monkeypatch.setattr("signal.signal", lambda *_: None)
+    monkeypatch.setattr("studies.runner.Crew.work", lambda _, left: worked.append(left))
+    assert run_study(study) == 4 and worked == [1]
 
 
 def test_fresh_runs_that_another_command_began_are_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -92,6 +92,17 @@ def wait_for(what: str, condition: Any, patience: float = PATIENCE) -> None:
         time.sleep(0.05)
 
 
+def stopped_in_its_first_run(path: Path) -> Path:
+    """Start the study and stop it by Ctrl-C when its first run has a checkpoint; returns that run's directory."""
+    command = start(path)
+    first = path.parent / "runs/s/baseline-seed0"
+    wait_for("a checkpoint", lambda: list(first.glob("checkpoints/step_*")))
+    command.send_signal(signal.SIGINT)
+    assert command.wait(PATIENCE) == 3, said(path)
+    assert read_summary(first)["status"] == "preempted"
+    return first
+
+
 def trained_to_the_end(directory: Path) -> dict[str, int]:
     """How often each run was trained to its end, counted from what train.py said."""
     logs = sorted((directory / "runs/s").glob("*-seed*/train.log"))
@@ -186,12 +197,7 @@ def test_stopped_gone_on_with_and_extended(
     base["evaluation"]["every"] = 200  # pictures are drawn with each, which takes longer than all steps
     longer = {"base": base, "space": {"weight_decay": [0.1]}, "baseline": {"weight_decay": 1}}  # which is too much
     path = write_study(tmp_path, **longer, seeds=1)
-    command = start(path)
-    first = tmp_path / "runs/s/baseline-seed0"
-    wait_for("a checkpoint", lambda: list(first.glob("checkpoints/step_*")))
-    command.send_signal(signal.SIGINT)
-    assert command.wait(PATIENCE) == 3, said(path)
-    assert read_summary(first)["status"] == "preempted"
+    first = stopped_in_its_first_run(path)
     assert "Traceback" not in said(path)
 
     # Started again with fresh seeds: the run goes on from its checkpoint, and the winner is confirmed.

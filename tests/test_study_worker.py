@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +14,16 @@ from conftest import ROOT, TINY
 from made_up_study import make_study
 from safetensors.numpy import load_file
 from test_run import numbers
-from test_study_runner import PATIENCE, finish, runs_and_workers, said, start, wait_for, write_study
+from test_study_runner import (
+    PATIENCE,
+    finish,
+    runs_and_workers,
+    said,
+    start,
+    stopped_in_its_first_run,
+    wait_for,
+    write_study,
+)
 
 from config import BadInput, Config
 from hardware import missing_for_compile
@@ -219,12 +227,7 @@ def test_runs_of_two_processes(tmp_path: Path) -> None:
     study = yaml.safe_load(path.read_text())
     study["base"]["training"] |= {"max_steps": 400, "micro_batch_size": 4}
     path.write_text(yaml.safe_dump(study, sort_keys=False))
-    command = start(path)
-    first = tmp_path / "runs/s/baseline-seed0"
-    wait_for("a checkpoint", lambda: list(first.glob("checkpoints/step_*")))
-    command.send_signal(signal.SIGINT)
-    assert command.wait(PATIENCE) == 3, said(path)
-    assert read_summary(first)["status"] == "preempted"
+    first = stopped_in_its_first_run(path)
     code, words = finish(path)
     assert code == 0, words
     for run in (tmp_path / "runs/s").glob("*-seed*"):

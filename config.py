@@ -100,6 +100,9 @@ class Run(Section):
     of a minute or more that take ten together."""
     threads: Literal["auto"] | Annotated[int, Field(ge=1, le=1024)] = "auto"
     """CPU threads of one process. auto: all cores, shared by the processes of this machine."""
+    shard: Literal["none", "node", "all"] = "none"
+    """With several processes, what each holds of the model: all of it (none, the fastest), or a part of its weights,
+    gradients and moments. node shares them out between the processes of a machine, all between all (torch's FSDP2)."""
     resume: Literal["auto", "never"] = "auto"
     """auto: go on from the newest checkpoint of this run. never: move what is there aside and start afresh."""
     init_from: str | None = None
@@ -523,6 +526,11 @@ class Config(Section):
         if bool(self.regularizers.distillation_weight) != bool(self.run.teachers):
             way = "give both, as in --regularizers.distillation_weight=0.5 --run.teachers=[runs/a,runs/b], or neither"
             raise ValueError(f"regularizers.distillation_weight and run.teachers need each other; {way}")
+        if self.training.deterministic == "strict" and self.run.shard != "none":
+            raise ValueError(
+                "training.deterministic=strict adds up whole gradients on each process and excludes "
+                f"run.shard={self.run.shard}; set run.shard=none, or training.deterministic=ordinary"
+            )
         warmup, steps = self.schedule.warmup_steps or 0, self.training.max_steps
         if self.schedule.name not in ("cosine", "points") and steps is not None and warmup >= steps:
             lengths = f"schedule.warmup_steps={warmup} must be below training.max_steps={steps}"

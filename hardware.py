@@ -33,6 +33,7 @@ class Hardware:
     precision: str
     compile: bool  # False until resolve_compile
     threads: int
+    parts: int = 1  # in which the model lies on the processes (run.shard)
     hang_timeout: int = 600  # seconds to wait for another process
     store: Any = field(default=None, repr=False, compare=False)  # torch's key-value store of the launch
 
@@ -60,6 +61,7 @@ class Hardware:
             "compile": self.compile,
             "threads": self.threads,
             "processes": self.world,
+            "parts": self.parts,
         }
 
     def as_stored(self, stored: dict[str, Any]) -> bool:
@@ -87,8 +89,10 @@ def resolve(config: Run, stored: dict[str, Any] | None = None) -> Hardware:
     if precision == "auto":
         precision = stored.get("precision") or ("bf16" if has_fast_bf16(kind) else "fp32")
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    threads = max(1, cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
-    hardware = Hardware(rank, world, device, precision, compile=False, threads=threads)
+    nearby = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    threads = max(1, cores() // nearby)
+    shares: dict[str, int] = {"none": 1, "node": nearby, "all": world}
+    hardware = Hardware(rank, world, device, precision, compile=False, threads=threads, parts=shares[config.shard])
     if config.threads != "auto":
         hardware = replace(hardware, threads=config.threads)
     elif hardware.as_stored(stored):
@@ -112,6 +116,9 @@ def set_up_torch(hardware: Hardware) -> None:
     with contextlib.suppress(OSError, AttributeError):  # glibc's alone has mallopt
         # Memory that is given back and fetched anew costs a small step 10%.
         library = ctypes.CDLL(None)
+        if hardware.parts > 1:  # but weights that are gathered for one block must not stay where the next are put
+            library.mallopt(M_MMAP_THRESHOLD, 2**16)
+            return
         library.mallopt(M_MMAP_THRESHOLD, 2**25)  # the most it takes: larger blocks are mapped each time
         library.mallopt(M_TRIM_THRESHOLD, 2**30)
 

@@ -73,7 +73,6 @@ def train(config: Config, hardware: Hardware) -> int:
         plan = Plan.of(config, loader)
 
         model = GPT(config.model, corpus.vocab_size, config.regularizers).initialize(config.run.seed)
-        model.to(hardware.device)
         began_on = run.before.get("hardware", {})
         hardware = resolve_compile(hardware, config, began_on, model.count_parameters(), plan.total_steps)
         teachers = run.teachers(corpus)

@@ -67,7 +67,7 @@ def seconds_to_save(run: Path) -> float:
     from training.checkpoint import existing, read_state, read_tensors, save
 
     newest = existing(run / "checkpoints")[0]
-    tensors = {name: read_tensors(newest, name) for name in ("model", "optimizer")}
+    tensors = [(name, read_tensors(newest, name)) for name in ("model", "optimizer")]
     state = read_state(newest)
     return seconds_of(save, run / "again", tensors, state)
 

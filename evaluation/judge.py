@@ -16,8 +16,9 @@ from evaluation.evaluate import Calibration, evaluate, plain_loss
 from files import write_text
 from model.generate import sample_text
 from program import warn
-from tracking.load_run import read_weights
+from tracking.load_run import has_average
 from tracking.run import Run
+from training.checkpoint import each_tensor
 from training.faults import inject_fault
 from training.learner import Learner
 from training.progress import Judgement
@@ -58,10 +59,10 @@ class Judge:
         record: dict[str, Any] = {f"val/{name}": value for name, value in scores.items()}
         record["gap/loss"] = scores["loss"] - plain_loss(model, self.gap_batches, hardware)
         if learner.average.count(step):
-            with learner.average.in_place_of(model):
+            with learner.averaged():
                 scores, calibration = evaluate(model, self.val_batches, hardware, self.bytes_per_token)
             record |= {f"val_average/{name}": value for name, value in scores.items()}
-        if hardware.main and self.config.evaluation.sample_tokens:
+        if self.config.evaluation.sample_tokens:  # on every process: with sharded weights all take part in a pass
             tokens, seed = self.config.evaluation.sample_tokens, self.config.run.seed
             record["sample"] = sample_text(model, self.tokenizer, "", self.corpus.end_of_text, tokens, seed)
         self.calibration = calibration
@@ -71,7 +72,8 @@ class Judge:
         """The scores of a verified checkpoint's best weights on the test split; empty where there is none of either."""
         if checkpoint is None or "test" not in self.corpus.manifest["splits"]:
             return {}
-        learner.model.load_state_dict(read_weights(checkpoint))
+        best = "average" if has_average(checkpoint) else "model"
+        learner.load_weights(each_tensor(checkpoint, best), checkpoint)
         split = self.corpus.split("test")
         bytes_per_token = self.corpus.bytes_per_token(split)
         return evaluate(learner.model, self._batches(split), learner.hardware, bytes_per_token)[0]

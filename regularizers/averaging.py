@@ -7,11 +7,11 @@ starts as the weights after its first counted step.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from config import Regularizers
 
@@ -52,32 +52,30 @@ class WeightAverage:
         return (self.first, self.config.swa_every) == (parent.first, parent.config.swa_every)
 
     @torch.no_grad()
-    def update(self, model: nn.Module, step: int) -> None:
+    def update(self, weights: Mapping[str, Tensor], step: int) -> None:
         """Take in the weights after ``step`` steps, if the average counts that step."""
         count = self.count(step)
         if count == self.count(step - 1):
             return
-        raw = dict(model.named_parameters())
+        raw = {name: weight.detach() for name, weight in weights.items()}
         if count == 1:
-            self.weights = {name: weight.detach().clone() for name, weight in raw.items()}
+            self.weights = {name: weight.clone() for name, weight in raw.items()}
             return
         new = 1 - self.config.ema_decay if self.config.ema_decay else 1 / count
-        torch._foreach_lerp_(list(self.weights.values()), [raw[name].detach() for name in self.weights], new)
-
-    def load(self, weights: dict[str, Tensor], model: nn.Module) -> None:
-        """Go on from a checkpoint's averaged weights."""
-        devices = {name: weight.device for name, weight in model.named_parameters()}
-        self.weights = {name: weight.to(devices[name]) for name, weight in weights.items()}
+        torch._foreach_lerp_(list(self.weights.values()), [raw[name] for name in self.weights], new)
 
     @contextmanager
-    def in_place_of(self, model: nn.Module) -> Iterator[None]:
-        """The model has the averaged weights inside this context, and its own, bit for bit, after it."""
-        parameters = dict(model.named_parameters())
-        raw = {name: parameters[name].data for name in self.weights}
+    def in_place_of(self, weights: Mapping[str, Tensor]) -> Iterator[None]:
+        """Inside this context ``weights`` have the averaged values, and after it their own, bit for bit."""
+        self._exchange(weights)
         try:
-            for name, weight in self.weights.items():
-                parameters[name].data = weight
             yield
         finally:
-            for name, weight in raw.items():
-                parameters[name].data = weight
+            self._exchange(weights)
+
+    @torch.no_grad()
+    def _exchange(self, weights: Mapping[str, Tensor]) -> None:
+        for name, average in self.weights.items():
+            own = weights[name].clone()
+            weights[name].copy_(average)
+            average.copy_(own)

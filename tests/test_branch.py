@@ -218,7 +218,7 @@ def test_an_average_that_begins_with_the_branch_is_that_of_its_weights() -> None
     for step in range(8, 12):
         torch.nn.init.normal_(model.weight, generator=torch.Generator().manual_seed(step))
         seen.append(model.weight.detach().clone())
-        average.update(model, step)
+        average.update(dict(model.named_parameters()), step)
         assert average.count(step) == len(seen)
     torch.testing.assert_close(average.weights["weight"], torch.stack(seen).mean(0))
 

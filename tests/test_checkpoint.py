@@ -17,7 +17,7 @@ from training.checkpoint import existing, newest, problem_of, prune, read_state,
 
 def write(checkpoints: Path, step: int) -> Path:
     tensors = {"model": {"a": torch.full((4, 4), float(step))}, "optimizer": {"a/exp_avg": torch.zeros(4, 4)}}
-    return save(checkpoints, tensors, {"step": step, "best": None})
+    return save(checkpoints, tensors.items(), {"step": step, "best": None})
 
 
 def test_what_is_saved_comes_back(tmp_path: Path) -> None:
@@ -134,7 +134,7 @@ from training.checkpoint import save
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))
 try:
-    save(Path({str(tmp_path)!r}), {{"model": {{"a": torch.zeros(100_000)}}}}, {{"step": 2}})
+    save(Path({str(tmp_path)!r}), {{"model": {{"a": torch.zeros(100_000)}}}}.items(), {{"step": 2}})
 except OSError as problem:
     print("refused", problem)
 """

@@ -12,8 +12,11 @@ from torch.nn import functional as F
 
 from command_line import parse
 from config import BadInput, Config, Model
+from hardware import Hardware
 from model.gpt import GPT
 from regularizers.weights import update_weights, weight_decay_at
+from training.gradients import GradientSum
+from training.layout import Layout
 from training.optimizer import (
     build_optimizers,
     clip_gradients,
@@ -34,6 +37,10 @@ def small(*flags: str) -> tuple[GPT, Config]:
     return GPT(config.model, 31, config.regularizers).initialize(0), config
 
 
+def alone(model: GPT) -> Layout:
+    return Layout(model, Hardware(0, 1, torch.device("cpu"), "fp32", False, 1))
+
+
 def backward(model: GPT, seed: int = 0) -> None:
     tokens = torch.randint(0, 31, (4, 9), generator=torch.Generator().manual_seed(seed))
     logits = model.logits(model(tokens[:, :-1]))
@@ -48,7 +55,7 @@ def test_every_parameter_is_in_exactly_one_group(family: str, tied: str, name: s
     model, config = small(*flags, *(f"--regularizers.{knob}={value}" for knob, value in WITH_PARAMETERS.items()))
     named = [names for group in parameter_groups(model).values() for names in group]
     assert sorted(named) == sorted(dict(model.named_parameters()))
-    optimizers = build_optimizers(model, config, 40.0)
+    optimizers = build_optimizers(alone(model), config, 40.0)
     held = [id(p) for o in optimizers for g in o.param_groups for p in g["params"]]
     assert sorted(held) == sorted(id(p) for p in model.parameters())
     assert len(describe_groups(optimizers, config.regularizers, 40.0)) == sum(len(o.param_groups) for o in optimizers)
@@ -64,7 +71,7 @@ def test_an_unknown_parameter_is_refused() -> None:
 def test_what_regularizers_train_is_adamws_and_never_decays() -> None:
     flags = [f"--regularizers.{knob}={value}" for knob, value in WITH_PARAMETERS.items()]
     model, config = small(*flags, "--optimizer.name=muon")
-    *_, adamw = build_optimizers(model, config, steps_per_epoch=10)
+    *_, adamw = build_optimizers(alone(model), config, steps_per_epoch=10)
     (group,) = [group for group in adamw.param_groups if group["group_name"] == "auxiliary"]
     assert set(group["names"]) == {f"auxiliary.{name}" for name in model.auxiliary} and group["names"]
     assert not group["decays"] and group["weight_decay"] == 0
@@ -82,7 +89,7 @@ def test_what_decays(embeddings: str) -> None:
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
-    for optimizer in build_optimizers(model, config, 40.0):
+    for optimizer in build_optimizers(alone(model), config, 40.0):
         optimizer.step()
     for name, parameter in model.named_parameters():
         decays = parameter.ndim == 2 and (embeddings == "true" or name.startswith("blocks."))
@@ -93,7 +100,7 @@ def test_what_decays(embeddings: str) -> None:
 def test_adamw_follows_the_paper() -> None:
     """Ten steps of one matrix against Loshchilov & Hutter's algorithm 2 in float64."""
     model, config = small("--optimizer.lr=0.01", "--regularizers.weight_decay=0.3", "--optimizer.betas=[0.8,0.95]")
-    optimizers = build_optimizers(model, config, 40.0)
+    optimizers = build_optimizers(alone(model), config, 40.0)
     weight = model.blocks[0].mlp.input.weight
     w, m, v = weight.detach().double(), 0.0, 0.0
     for step in range(1, 11):
@@ -119,7 +126,10 @@ def test_cautious_decay_is_a_loop_over_elements(name: str, schedule: str) -> Non
     flags += [] if "[" in schedule else ["--regularizers.weight_decay=5"]
     model, config = small(*flags, "--regularizers.cautious_weight_decay=true")
     twin, without_decay = small(f"--optimizer.name={name}", "--optimizer.lr=0.01", "--model.tie_embeddings=false")
-    optimizers, theirs = build_optimizers(model, config, 40.0), build_optimizers(twin, without_decay, 40.0)
+    optimizers, theirs = (
+        build_optimizers(alone(model), config, 40.0),
+        build_optimizers(alone(twin), without_decay, 40.0),
+    )
     set_weight_decay(theirs, lambda first: 0.0)
     decaying = {key for o in optimizers for g in o.param_groups if g["decays"] for key in g["names"]}
     rates = {key: g["peak_lr"] for o in optimizers for g in o.param_groups for key in g["names"]}
@@ -161,20 +171,20 @@ def test_cautious_decay_sees_updates_below_the_rounding_of_a_weight() -> None:
 def test_the_timescale_of_decay_in_epochs() -> None:
     """1/(lr·λ) steps are so many epochs, for AdamW's groups and for Muon's, each by its own rate; and it is told."""
     model, config = small("--optimizer.name=muon", "--regularizers.weight_decay_epochs=4", "--optimizer.lr=0.004")
-    optimizers = build_optimizers(model, config, 25.0)
+    optimizers = build_optimizers(alone(model), config, 25.0)
     found = {g["group_name"]: g["weight_decay"] for o in optimizers for g in o.param_groups}
     assert found == pytest.approx({"matrices": 1 / (0.02 * 100), "embeddings": 1 / (0.004 * 100), "vectors": 0})
     told = describe_groups(optimizers, config.regularizers, 25.0)
     assert ["weight decay 0.5 (timescale 100 steps, 4.00 epochs)" in line for line in told] == [True, False, False]
     assert "weight decay 2.5 (timescale 100 steps, 4.00 epochs)" in told[1] and "no decay" in told[2]
     model, config = small("--regularizers.weight_decay_schedule=[[0,0.5],[1,1]]", "--optimizer.lr=0.01")
-    told = describe_groups(build_optimizers(model, config, 25.0), config.regularizers, 25.0)
+    told = describe_groups(build_optimizers(alone(model), config, 25.0), config.regularizers, 25.0)
     assert "weight decay at first 0.5 (timescale 200 steps, 8.00 epochs)" in told[0]
 
 
 def test_muon_moves_matrices_by_nearly_orthogonal_updates() -> None:
     model, config = small("--optimizer.name=muon", "--regularizers.weight_decay=0", "--optimizer.matrix_lr=0.5")
-    optimizers = build_optimizers(model, config, 40.0)
+    optimizers = build_optimizers(alone(model), config, 40.0)
     assert [type(o).__name__ for o in optimizers] == ["Muon", "AdamW"]
     weight = model.blocks[0].attention.output.weight
     before = weight.detach().clone()
@@ -190,7 +200,7 @@ def test_muon_moves_matrices_by_nearly_orthogonal_updates() -> None:
 def test_state_travels_by_name(name: str) -> None:
     first, config = small(f"--optimizer.name={name}")
     second, _ = small(f"--optimizer.name={name}")
-    one, other = build_optimizers(first, config, 40.0), build_optimizers(second, config, 40.0)
+    one, other = build_optimizers(alone(first), config, 40.0), build_optimizers(alone(second), config, 40.0)
 
     def step(model: GPT, optimizers: list[torch.optim.Optimizer], seed: int) -> None:
         backward(model, seed)
@@ -218,7 +228,11 @@ def test_clipping() -> None:
     for parameter in model.parameters():
         parameter.grad = torch.ones_like(parameter)
     numbers = model.count_parameters()
-    assert clip_gradients(model, 0.0).item() == pytest.approx(numbers**0.5, rel=1e-5)
-    assert clip_gradients(model, 2.0).item() == pytest.approx(numbers**0.5, rel=1e-5)
-    clipped = torch.cat([p.grad.flatten() for p in model.parameters()]).norm()
-    assert clipped.item() == pytest.approx(2.0, rel=1e-4)
+    gradients = GradientSum(alone(model))
+    gradients.add(0, torch.ones(2))
+    norm, _ = gradients.norm_and_values()
+    assert norm.item() == pytest.approx(numbers**0.5, rel=1e-5)
+    for limit, left in ((0.0, numbers**0.5), (2.0, 2.0)):
+        clip_gradients(model.parameters(), limit, norm)
+        clipped = torch.cat([p.grad.flatten() for p in model.parameters()]).norm()
+        assert clipped.item() == pytest.approx(left, rel=1e-4)

@@ -98,7 +98,7 @@ def test_a_gradient_that_is_not_finite_changes_nothing(
 
     def step(number: int) -> tuple[bool, dict[str, torch.Tensor]]:
         finite = training_step(learner, batches, number).is_finite
-        tensors = learner.tensors(number + 1)
+        tensors = dict(learner.tensors(number + 1))
         return finite, {f"{file}/{name}": value.clone() for file in tensors for name, value in tensors[file].items()}
 
     monkeypatch.setenv("WELLPOSED_FAULT", "gradient:0:2:nan")

@@ -108,7 +108,7 @@ def test_ema_is_torchs() -> None:
     ours = WeightAverage(Regularizers(ema_decay=0.9), total_steps=20)
     for step in range(1, 21):
         walk(model, step)
-        ours.update(model, step)
+        ours.update(dict(model.named_parameters()), step)
         theirs.update_parameters(model)
     torch.testing.assert_close(ours.weights["weight"], theirs.module.weight.detach(), rtol=1e-6, atol=1e-7)
 
@@ -120,7 +120,7 @@ def test_swa_is_torchs_over_the_counted_steps() -> None:
     counted = []
     for step in range(1, 21):
         walk(model, step)
-        ours.update(model, step)
+        ours.update(dict(model.named_parameters()), step)
         if ours.count(step) > ours.count(step - 1):
             counted.append(step)
             theirs.update_parameters(model)
@@ -131,10 +131,10 @@ def test_swa_is_torchs_over_the_counted_steps() -> None:
 def test_the_models_own_weights_come_back_bit_for_bit() -> None:
     model = nn.Linear(3, 3)
     average = WeightAverage(Regularizers(ema_decay=0.5), total_steps=2)
-    average.update(model, 1)
+    average.update(dict(model.named_parameters()), 1)
     walk(model, 1)
     own, averaged = model.weight.detach().clone(), average.weights["weight"].clone()
-    with pytest.raises(RuntimeError), average.in_place_of(model):
+    with pytest.raises(RuntimeError), average.in_place_of(dict(model.named_parameters())):
         assert torch.equal(model.weight, averaged)
         raise RuntimeError
     assert torch.equal(model.weight, own) and torch.equal(average.weights["weight"], averaged)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -18,7 +19,6 @@ from hardware import Hardware
 from model.gpt import AUXILIARY
 from program import FINISHED, PREEMPTED, warn
 from regularizers.averaging import WeightAverage
-from regularizers.weights import sparsity
 from tracking import run_directory
 from tracking.branch import Branch, checkpoint_to_branch_from, open_branch
 from tracking.console import Console, tell_results, tell_start
@@ -35,6 +35,8 @@ from training.progress import Judgement, Plan, Progress
 from training.schedule import warmup_warning
 from training.step import StepResult
 from training.teachers import Teacher
+
+Tensors = Iterator[tuple[str, dict[str, torch.Tensor]]]  # of a checkpoint's files
 
 
 class Run:
@@ -126,8 +128,9 @@ class Run:
             vocabulary = corpus.vocab_size, corpus.tokenizer()
             weights = initial_weights(self.config.run.init_from, self.config.model, *vocabulary)
             # What regularizers train beside the network begins anew.
-            own = {name: value for name, value in learner.model.state_dict().items() if name.startswith(AUXILIARY)}
-            learner.model.load_state_dict(own | weights)
+            whole = {name: learner.layout.whole(name, part) for name, part in learner.layout.weights.items()}
+            own = {name: value for name, value in whole.items() if name.startswith(AUXILIARY)}
+            learner.load_weights((own | weights).items(), Path(self.config.run.init_from))
         progress.samples *= self.hardware.main  # what was trained on so far counts once
         self.best_saved = progress.best
         self.attempt = on_main(
@@ -236,11 +239,14 @@ class Run:
         A disk that refuses is told, and training goes on; Failure is raised when it refused too often in a row, or
         when no later checkpoint would follow.
         """
-        check_weights(learner.model, progress.step, self.hardware)
-        shares = gathered(torch.tensor([progress.samples % 2**62], device=self.hardware.device), self.hardware)
+        check_weights(learner.layout, progress.step)
+        shares = gathered(torch.tensor([progress.samples % 2**62]), self.hardware)
         samples = sum(shares.flatten().tolist()) % 2**62
         progress.samples = samples if self.hardware.main else 0
-        refused = on_main(self.hardware, self._try_to_save, progress, learner.tensors(progress.step), plan)
+        tensors = learner.tensors(progress.step)
+        if not self.hardware.main:
+            deque(tensors, maxlen=0)  # what is shared out is gathered by all
+        refused = on_main(self.hardware, self._try_to_save, progress, tensors, plan)
         if not refused:
             self.failed_saves, self.best_saved = 0, progress.best
             return
@@ -252,7 +258,7 @@ class Run:
         if self.hardware.main:
             warn(f"step {progress.step}: {refused}; training goes on ({self.failed_saves} failed in a row)")
 
-    def _try_to_save(self, progress: Progress, tensors: dict[str, dict[str, torch.Tensor]], plan: Plan) -> str:
+    def _try_to_save(self, progress: Progress, tensors: Tensors, plan: Plan) -> str:
         """Save; returns why the machine refused, empty when it is done."""
         try:
             self.metrics.sync()  # a resume counts on these lines
@@ -262,6 +268,8 @@ class Run:
             checkpoint.prune(self.checkpoints, self.config.checkpoint.keep, best | plan.milestones)
         except OSError as problem:
             return str(problem)
+        finally:
+            deque(tensors, maxlen=0)  # the others go through all of them, also where the disk refused the first
         return ""
 
     def _point_at(self, progress: Progress) -> None:
@@ -285,6 +293,7 @@ class Run:
         """Write the summary and tell the results; returns the exit code. ``diagnosis`` is evaluation.diagnosis's."""
         finished = progress.finished(plan)
         code = FINISHED if finished else PREEMPTED
+        small = learner.sparsity() if self.config.regularizers.l1 else None
         if self.hardware.main:
             self.console.close()
             self.metrics.close()
@@ -295,7 +304,7 @@ class Run:
                 samples=f"{progress.samples:016x}",
                 stopped_early=progress.stopped_early,
                 diagnosis=diagnosis.verdict,
-                sparsity=sparsity(learner.decayed) if self.config.regularizers.l1 else None,
+                sparsity=small,
                 **results_of(self.metrics.records, progress.best, test),
             )
             self.mirror.finish(summary, exit_code=code)

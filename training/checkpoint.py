@@ -13,6 +13,7 @@ import json
 import os
 import re
 import shutil
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,12 +39,12 @@ def step_of(checkpoint: Path) -> int:
     return int(checkpoint.name.split("_")[1])
 
 
-def save(checkpoints: Path, tensors: dict[str, dict[str, Tensor]], state: dict[str, Any]) -> Path:
+def save(checkpoints: Path, tensors: Iterable[tuple[str, dict[str, Tensor]]], state: dict[str, Any]) -> Path:
     """Commit a checkpoint and verify it; an intact one of the same step is left as it is.
 
     Args:
         checkpoints: the run's directory of checkpoints.
-        tensors: ``{"model": {name: tensor}, ...}``, one safetensors file each.
+        tensors: ``("model", {name: tensor})`` and so on, one safetensors file each; asked for one after the other.
         state: everything else, JSON; ``state["step"]`` is the number of optimizer steps done.
 
     Raises OSError when the disk refuses; what was there before is untouched then, and the temporary is gone.
@@ -72,15 +73,16 @@ def save(checkpoints: Path, tensors: dict[str, dict[str, Tensor]], state: dict[s
     return final
 
 
-def _write(directory: Path, tensors: dict[str, dict[str, Tensor]], state: dict[str, Any]) -> None:
+def _write(directory: Path, tensors: Iterable[tuple[str, dict[str, Tensor]]], state: dict[str, Any]) -> None:
     """The files of a checkpoint, the manifest last, all on the disk when it returns."""
     from safetensors.torch import save_file
 
     step = state["step"]
     inject_fault("save-begin", step)
-    for name, contents in tensors.items():
+    for name, contents in tensors:
         on_cpu = {key: value.detach().cpu().contiguous() for key, value in contents.items()}
         save_file(on_cpu, directory / f"{name}.safetensors", metadata={"format": "pt"})
+        del contents, on_cpu  # their memory may be needed to gather the next
         inject_fault("save-file", step)
     (directory / "state.json").write_text(json.dumps(state, indent=1))
     inject_fault("save-state", step)
@@ -153,11 +155,18 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
 
 def read_tensors(checkpoint: Path, name: str) -> dict[str, Tensor]:
     """The tensors of one file of a checkpoint, by name; raises BadInput when it is no safetensors file."""
-    from safetensors.torch import load_file
+    return dict(each_tensor(checkpoint, name))
+
+
+def each_tensor(checkpoint: Path, name: str) -> Iterator[tuple[str, Tensor]]:
+    """The same, one at a time: a process that needs only a part of each never holds them all."""
+    from safetensors import safe_open
 
     path = checkpoint / f"{name}.safetensors"
     try:
-        return {key: value.clone() for key, value in load_file(path).items()}  # loaded tensors alias the file
+        with safe_open(path, "pt") as file:
+            for key in file.keys():  # noqa: SIM118
+                yield key, file.get_tensor(key).clone()  # loaded tensors alias the file
     except (OSError, SafetensorError) as problem:
         raise BadInput(f"{path} cannot be read as safetensors: {problem}") from None
 

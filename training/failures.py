@@ -7,33 +7,35 @@ from threading import Thread
 
 import torch
 import torch.distributed as dist
-from torch import nn
 
 from config import Failure
 from hardware import Hardware
+from training.layout import Layout
 from training.processes import gathered
 
 SECONDS_FOR_ROLL_CALL = 5  # in which a process that still runs answers
 
 
-def check_weights(model: nn.Module, step: int, hardware: Hardware) -> None:
-    """Raises Failure when a weight is not finite, or differs between processes, naming the tensor and the ranks.
+def check_weights(layout: Layout, step: int) -> None:
+    """Raises Failure when a weight is not finite, or differs between copies, naming the tensor and the ranks.
 
-    What each process compares is the sum of each tensor's bits, read as integers: one changed element changes it.
+    What the processes compare is the sum of each tensor's bits, read as integers: one changed element changes it.
     """
-    named = dict(model.named_parameters())
-    for name, parameter in named.items():
-        if not bool(parameter.isfinite().all()):
-            raise Failure(f"step {step}: {name} is not finite any more; it is not saved. Lower optimizer.lr")
-    if hardware.world == 1:
-        return
-    bits = torch.stack([parameter.detach().view(torch.int32).sum(dtype=torch.int64) for parameter in named.values()])
-    everyone = gathered(bits, hardware)
-    usual = everyone.mode(dim=0).values if hardware.world > 2 else everyone[0]
-    differs = everyone != usual  # [world, tensors]
+    hardware, names = layout.hardware, list(layout.weights)
+    finite = [weight.isfinite().all().long() for weight in layout.weights.values()]
+    bits = [weight.detach().view(torch.int32).sum(dtype=torch.int64) for weight in layout.weights.values()]
+    told = gathered(torch.stack([*finite, *bits]), hardware).view(hardware.world, 2, len(names))
+    broken = (told[:, 0] == 0).any(dim=0).tolist()
+    if any(broken):
+        name = names[broken.index(True)]
+        raise Failure(f"step {step}: {name} is not finite any more; it is not saved. Lower optimizer.lr")
+    # Processes with the same part of the model are compared, [copies, parts, tensors].
+    copies = told[:, 1].view(layout.copies, layout.parts, len(names))
+    usual = copies.mode(dim=0).values if layout.copies > 2 else copies[0]
+    differs = (copies != usual).flatten(0, 1)  # [world, tensors]
     if differs.any():
         ranks = differs.any(dim=1).nonzero().flatten().tolist()
-        tensors = [name for name, one in zip(named, differs.any(dim=0).tolist(), strict=True) if one]
+        tensors = [name for name, one in zip(names, differs.any(dim=0).tolist(), strict=True) if one]
         raise Failure(
             f"step {step}: the weights of rank {', '.join(map(str, ranks))} differ from the others' in "
             f"{', '.join(tensors[:3])}{' and more' if len(tensors) > 3 else ''}; nothing of this step is saved. "

@@ -1,88 +1,203 @@
 """The sum of a step's gradients over its micro-batches and processes, and with it the loss terms.
 
-Ordinary: each process adds up its own micro-batches, and one all-reduce of one flat tensor adds up the processes.
-torch's DistributedDataParallel is not used: it lays its buckets out anew after the first step of every start, so
-that with three processes or more a resumed run adds in another order than an uninterrupted one (law 4).
-
-Strict: float addition does not associate, so the order itself is fixed. The leaves of a binary tree are the global
-micro-batches; node (level, index) covers leaves index * 2^level and on, 2^level of them:
+``GradientSum``       one process: torch adds up its micro-batches in ``.grad``.
+``BucketedSum``       each process holds the whole model: while the step's last backward pass goes on, the gradients of
+                      each block whose pass is over are added up over the processes, as one flat tensor. The buckets and
+                      their order are fixed by the model. Those of torch's DistributedDataParallel are laid out anew
+                      after the first step of every start, so that with three processes or more a resumed run would add
+                      in another order than an uninterrupted one (law 4).
+``ShardedSum``        each process holds a part of the model: FSDP2 adds up and gives to each process what is its own.
+``TreeSum``           strict: float addition does not associate, so the order itself is fixed. The leaves of a binary
+                      tree are the global micro-batches; node (level, index) covers leaves index * 2^level and on,
+                      2^level of them:
 
     level 2               0
     level 1       0               1
     level 0     0   1           2   3       4 micro-batches; two processes hold (1, 0) and (1, 1)
 
-Each process adds what lies wholly within its own leaves; unmerged nodes are broadcast, and every process completes
-the same tree. The root is the same to the last bit on any number of processes. The price: a process holds about
-log2(its micro-batches) gradients more, and each unmerged node is sent to all, twice the bytes of an all-reduce.
+                      Each process adds what lies wholly within its own leaves; unmerged nodes are broadcast, and every
+                      process completes the same tree. The root is the same to the last bit on any number of processes.
+                      The price: a process holds about log2(its micro-batches) gradients more, and each unmerged node
+                      is sent to all, twice the bytes of an all-reduce.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
-from hardware import Hardware
+from training.layout import Layout, local
 from training.processes import my_micro_batches
+
+if TYPE_CHECKING:
+    from torch.distributed.fsdp import FSDPModule
 
 
 class GradientSum:
-    """Collects one step after the other: ``add`` after each backward pass, then ``total`` once."""
+    """Collects one step after the other.
 
-    def __init__(self, model: nn.Module, hardware: Hardware, micro_batches: int, strict: bool) -> None:
-        self.parameters = list(model.parameters())
-        self.hardware, self.micro_batches, self.strict = hardware, micro_batches, strict
+    ``add`` after the backward passes of each micro-batch, ``expect_last_pass`` before the very last pass; then
+    ``finish``, after which every ``.grad`` of the layout's weights is that of the whole step, and ``norm_and_values``.
+    """
+
+    def __init__(self, layout: Layout) -> None:
+        self.layout = layout
         self.values: Tensor | None = None
+
+    def add(self, micro_batch: int, values: Tensor) -> None:
+        """Count a micro-batch whose backward passes are done; ``values`` [n] are to be summed as gradients are."""
+        self.values = values if self.values is None else self.values + values
+
+    def expect_last_pass(self) -> None:
+        """The next backward pass is the last one of the step on this process."""
+
+    def finish(self) -> None:
+        """Complete the gradients."""
+
+    def norm_and_values(self) -> tuple[Tensor, Tensor]:
+        """The norm of the whole gradient as it is now, and the summed values [n]: the same on every process."""
+        values = self._take_values()
+        return torch.nn.utils.get_total_norm(self._gradients()), values
+
+    def _take_values(self) -> Tensor:
+        assert self.values is not None, "no micro-batch was added"
+        values, self.values = self.values, None
+        return values
+
+    def _gradients(self) -> list[Tensor]:
+        gradients = {name: weight.grad for name, weight in self.layout.weights.items()}
+        missing = [name for name, gradient in gradients.items() if gradient is None]
+        assert not missing, f"parameters {missing} got no gradient"
+        return [gradient for gradient in gradients.values() if gradient is not None]
+
+
+class _SharedSum(GradientSum):
+    """What sums over several processes have in common: norm and values travel together."""
+
+    def norm_and_values(self) -> tuple[Tensor, Tensor]:
+        # Each element counts on one process alone, whoever holds copies of it, so that the sum of squares is formed of
+        # the same parts whether the model is whole on every process or in parts.
+        own = [self.layout.counted(gradient) for gradient in self._gradients()]
+        square = torch.nn.utils.get_total_norm(own).double().square()
+        sums = torch.cat([square[None], self._take_values().double()])
+        dist.all_reduce(sums)
+        return sums[0].sqrt().float(), sums[1:].float()
+
+
+class BucketedSum(_SharedSum):
+    """Adds up the gradients of each block while those of the blocks before it are still being computed."""
+
+    def __init__(self, layout: Layout) -> None:
+        super().__init__(layout)
+        model = layout.model
+        blocks = [list(block.parameters()) for block in reversed(model.blocks)]  # in the order of a backward pass
+        inside = {id(parameter) for block in blocks for parameter in block}
+        self.buckets = [*blocks, [parameter for parameter in model.parameters() if id(parameter) not in inside]]
+        self.waiting: list[set[int]] | None = None  # the parameters of each bucket whose gradients are still to come
+        self.launched: list[Any] = []
+        for number, bucket in enumerate(self.buckets):
+            for parameter in bucket:
+                parameter.register_post_accumulate_grad_hook(lambda own, number=number: self._arrived(number, own))
+
+    def expect_last_pass(self) -> None:
+        self.waiting = [{id(parameter) for parameter in bucket} for bucket in self.buckets]
+
+    def _arrived(self, number: int, parameter: Tensor) -> None:
+        if self.waiting is None:
+            return
+        self.waiting[number].discard(id(parameter))
+        # In a fixed order, so that all processes send the same buckets to each other. The last one is sent by finish():
+        # of its parameters not all need take part in the last pass.
+        while len(self.launched) < len(self.buckets) - 1 and not self.waiting[len(self.launched)]:
+            self._launch()
+
+    def _launch(self) -> None:
+        bucket = self.buckets[len(self.launched)]
+        gradients = [parameter.grad for parameter in bucket]
+        assert all(gradient is not None for gradient in gradients), "a parameter got no gradient"
+        flat = torch.cat([gradient.flatten() for gradient in gradients if gradient is not None])
+        for parameter, gradient in zip(bucket, flat.split([parameter.numel() for parameter in bucket]), strict=True):
+            parameter.grad = gradient.view_as(parameter)
+        self.launched.append(dist.all_reduce(flat, async_op=True))
+
+    def finish(self) -> None:
+        while len(self.launched) < len(self.buckets):
+            self._launch()
+        for work in self.launched:
+            work.wait()
+        self.waiting, self.launched = None, []
+
+
+class ShardedSum(_SharedSum):
+    """Has FSDP2 add up the gradients in the last backward pass; before it, they are kept where they were computed."""
+
+    def __init__(self, layout: Layout) -> None:
+        super().__init__(layout)
+        self._synchronize(False)
+
+    def add(self, micro_batch: int, values: Tensor) -> None:
+        super().add(micro_batch, values)
+        self._synchronize(False)
+
+    def expect_last_pass(self) -> None:
+        self._synchronize(True)
+
+    def _synchronize(self, now: bool) -> None:
+        model = cast("FSDPModule", self.layout.model)
+        model.set_requires_gradient_sync(now)
+        model.set_is_last_backward(now)
+
+    def finish(self) -> None:
+        for name, parameter in self.layout.parameters.items():
+            assert parameter.grad is not None, f"the parameter {name} got no gradient"
+            self.layout.weights[name].grad, parameter.grad = local(parameter.grad), None
+
+
+class TreeSum(GradientSum):
+    """Adds up whole gradients in the order of a fixed binary tree over the global micro-batches."""
+
+    def __init__(self, layout: Layout, micro_batches: int) -> None:
+        super().__init__(layout)
+        self.micro_batches = micro_batches
         self.nodes: dict[tuple[int, int], Any] = {}
 
     def add(self, micro_batch: int, values: Tensor) -> None:
-        """Count a micro-batch whose gradients are in ``.grad``; ``values`` [n] are summed along with them."""
-        if self.strict:
-            insert(self.nodes, (0, micro_batch), self._flat(values), self.micro_batches)
-            for parameter in self.parameters:
-                parameter.grad = None
-        else:
-            self.values = values if self.values is None else self.values + values
+        flat = torch.cat([*(gradient.flatten() for gradient in self._gradients()), values])
+        insert(self.nodes, (0, micro_batch), flat, self.micro_batches)
+        for weight in self.layout.weights.values():
+            weight.grad = None
 
-    def total(self) -> Tensor:
-        """The step's sums: gradients in ``.grad``, the values returned [n]. The same on every process."""
-        if self.strict:
-            flat = self._finish_tree()
-        else:
-            assert self.values is not None, "no micro-batch was added"
-            values, self.values = self.values, None
-            if self.hardware.world == 1:
-                return values
-            flat = self._flat(values)
-            dist.all_reduce(flat)
-        sizes = [parameter.numel() for parameter in self.parameters]
-        *gradients, values = torch.split(flat, [*sizes, len(flat) - sum(sizes)])
-        for parameter, gradient in zip(self.parameters, gradients, strict=True):
-            parameter.grad = gradient.view_as(parameter)
-        return values
-
-    def _flat(self, values: Tensor) -> Tensor:
-        gradients = [parameter.grad for parameter in self.parameters]
-        missing = [index for index, gradient in enumerate(gradients) if gradient is None]
-        assert not missing, f"parameters {missing} got no gradient"
-        return torch.cat([*(gradient.flatten() for gradient in gradients if gradient is not None), values])
-
-    def _finish_tree(self) -> Tensor:
-        for rank in range(self.hardware.world if self.hardware.world > 1 else 0):
+    def finish(self) -> None:
+        hardware = self.layout.hardware
+        for rank in range(hardware.world if hardware.world > 1 else 0):
             # Which nodes that process could not merge follows from the shape of the tree alone.
             unmerged: dict[tuple[int, int], Any] = {}
-            for micro_batch in my_micro_batches(self.hardware, self.micro_batches, rank):
+            for micro_batch in my_micro_batches(hardware, self.micro_batches, rank):
                 insert(unmerged, (0, micro_batch), 0, self.micro_batches)
             for node in unmerged:
-                mine = rank == self.hardware.rank
+                mine = rank == hardware.rank
                 flat = self.nodes.pop(node) if mine else torch.empty_like(next(iter(self.nodes.values())))
                 dist.broadcast(flat, src=rank)
                 self.nodes[node] = flat
         (root,) = merged(self.nodes, self.micro_batches).values()
         self.nodes = {}
-        return torch.as_tensor(root)
+        weights = self.layout.weights.values()
+        sizes = [weight.numel() for weight in weights]
+        *gradients, self.values = torch.split(torch.as_tensor(root), [*sizes, len(root) - sum(sizes)])
+        for weight, gradient in zip(weights, gradients, strict=True):
+            weight.grad = gradient.view_as(weight)
+
+
+def gradient_sum(layout: Layout, micro_batches: int, strict: bool) -> GradientSum:
+    """The way in which a run's gradients are added up."""
+    if strict:
+        return TreeSum(layout, micro_batches)
+    if layout.parts > 1:
+        return ShardedSum(layout)
+    return BucketedSum(layout) if layout.hardware.world > 1 else GradientSum(layout)
 
 
 def insert(nodes: dict[tuple[int, int], Any], node: tuple[int, int], value: Any, leaves: int) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -14,9 +15,10 @@ from hardware import Hardware
 from model.gpt import GPT
 from regularizers.activations import STOCHASTIC, dropout_acts
 from regularizers.averaging import WeightAverage
-from regularizers.weights import weight_decay_at
+from regularizers.weights import sparsity, weight_decay_at
 from training import checkpoint
-from training.gradients import GradientSum
+from training.gradients import gradient_sum
+from training.layout import Layout
 from training.optimizer import (
     build_optimizers,
     decayed_parameters,
@@ -34,7 +36,7 @@ class Learner:
     """One model that is being trained; a checkpoint's tensors come from it and go back into it.
 
     Args:
-        model: on the hardware's device.
+        model: which is laid out over the processes, on the hardware's device.
         config: that of the run.
         hardware: with ``compile`` resolved.
         total_steps: the length of the run, on which the schedules depend.
@@ -53,12 +55,13 @@ class Learner:
     ) -> None:
         training = config.training
         self.model, self.config, self.hardware, self.total_steps = model, config, hardware, total_steps
-        self.forward = torch.compile(model, dynamic=False) if hardware.compile else model
+        self.forward = compiled(model, in_blocks=hardware.parts > 1) if hardware.compile else model
+        self.layout = Layout(model, hardware)
         self.teachers = [teacher.compiled() if hardware.compile else teacher for teacher in teachers]
         self.stochastic = [module for module in model.modules() if isinstance(module, STOCHASTIC)]
-        self.optimizers = build_optimizers(model, config, steps_per_epoch)
+        self.optimizers = build_optimizers(self.layout, config, steps_per_epoch)
         self.decayed = decayed_parameters(self.optimizers)
-        self.gradients = GradientSum(model, hardware, training.micro_batches, training.deterministic == "strict")
+        self.gradients = gradient_sum(self.layout, training.micro_batches, training.deterministic == "strict")
         self.average = WeightAverage(config.regularizers, total_steps)
         self.micro_batches = my_micro_batches(hardware, training.micro_batches)
 
@@ -81,10 +84,32 @@ class Learner:
             return self.config
         return self.config.model_copy(update={"regularizers": regularizers.model_copy(update={"token_dropout": 0.0})})
 
-    def tensors(self, step: int) -> dict[str, dict[str, Tensor]]:
-        """All that a checkpoint after ``step`` steps holds, a safetensors file for each entry."""
-        tensors = {"model": self.model.state_dict(), "optimizer": optimizer_state(self.optimizers)}
-        return tensors | ({"average": self.average.weights} if self.average.count(step) else {})
+    def tensors(self, step: int) -> Iterator[tuple[str, dict[str, Tensor]]]:
+        """All that a checkpoint after ``step`` steps holds: the name of each safetensors file, and whole tensors.
+
+        Where processes share the model, all of them ask for each file together; it is gathered in the main memory of
+        the main process, and the others get an empty one.
+        """
+        yield "model", self._whole(self.layout.weights)
+        yield "optimizer", self._whole(optimizer_state(self.optimizers))
+        if self.average.count(step):
+            yield "average", self._whole(self.average.weights)
+
+    def _whole(self, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return dict(parts) if self.layout.parts == 1 else self.layout.gathered(parts)
+
+    @torch.no_grad()
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]], path: Path) -> None:
+        """Give the model these whole tensors, read from ``path``; raises BadInput when they do not fit it."""
+        self.layout.release()
+        left = set(self.layout.shapes)
+        for name, tensor in weights:
+            if self.layout.shapes.get(name) != tensor.shape:
+                raise misfit(path, [name])
+            self.layout.weights[name].copy_(self.layout.part_of(tensor))
+            left.remove(name)
+        if left:
+            raise misfit(path, sorted(left))
 
     def load(self, path: Path, step: int, average_from: int = 0) -> None:
         """Go on from the checkpoint at ``path``, after ``step`` steps; raises BadInput when its tensors do not fit.
@@ -92,14 +117,41 @@ class Learner:
         ``average_from``: averaged weights count what is trained after this step, as in ``Progress``.
         """
         self.average.begins_after = average_from
-        try:
-            self.model.load_state_dict(checkpoint.read_tensors(path, "model"))
-        except RuntimeError as problem:
-            raise BadInput(
-                f"{path / 'model.safetensors'} does not fit this model: {' '.join(str(problem).split())}; restore the "
-                "checkpoint, the code that wrote it, or start afresh with --run.resume=never (what is there is moved "
-                "aside)"
-            ) from None
-        load_optimizer_state(self.optimizers, checkpoint.read_tensors(path, "optimizer"))
+        self.load_weights(checkpoint.each_tensor(path, "model"), path / "model.safetensors")
+        load_optimizer_state(self.optimizers, self._parts(path, "optimizer"))
         if self.average.count(step):
-            self.average.load(checkpoint.read_tensors(path, "average"), self.model)
+            device = self.hardware.device
+            self.average.weights = {name: part.to(device) for name, part in self._parts(path, "average").items()}
+
+    def _parts(self, path: Path, file: str) -> dict[str, Tensor]:
+        return {name: self.layout.part_of(whole).clone() for name, whole in checkpoint.each_tensor(path, file)}
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """The model has its averaged weights inside this context, and its own, bit for bit, after it."""
+        self.layout.release()
+        with self.average.in_place_of(self.layout.weights):
+            yield
+            self.layout.release()
+
+    def sparsity(self) -> dict[str, float]:
+        """The share of small elements in each tensor on which penalties act; computed by all processes together."""
+        return sparsity({name: self.layout.whole(name, weight) for name, weight in self.decayed.items()})
+
+
+def misfit(path: Path, names: list[str]) -> BadInput:
+    """What to tell of tensors that a file has in another shape, or lacks."""
+    return BadInput(
+        f"{path} does not fit this model in {', '.join(names[:3])}{' and more' if names[3:] else ''}; restore the "
+        "checkpoint, the code that wrote it, or start afresh with --run.resume=never (what is there is moved aside)"
+    )
+
+
+def compiled(model: GPT, in_blocks: bool) -> Callable[..., Tensor]:
+    """The model compiled: whole, or each of its blocks, between which FSDP2 gathers and releases weights."""
+    if not in_blocks:
+        return torch.compile(model, dynamic=False)
+    torch._dynamo.config.recompile_limit = len(model.blocks) + 8  # the rate of stochastic depth is each block's own
+    for block in model.blocks:
+        block.compile(dynamic=False)
+    return model

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from config import BadInput, Config, Regularizers
 from model.gpt import AUXILIARY
 from regularizers.weights import first_weight_decay
+from training.layout import Layout
+from training.muon import SharedMuon
 
 # The optimizers of a run, in a fixed order: one AdamW, and one Muon before it if it is asked for.
 Optimizers = list[torch.optim.Optimizer]
@@ -40,21 +42,22 @@ def parameter_groups(model: nn.Module) -> dict[str, dict[str, nn.Parameter]]:
     return {group: members for group, members in groups.items() if members}
 
 
-def build_optimizers(model: nn.Module, config: Config, steps_per_epoch: float) -> Optimizers:
-    """The run's optimizers; each group carries its name, its parameters' names, its peak lr, its first weight decay and
-    whether it decays."""
+def build_optimizers(layout: Layout, config: Config, steps_per_epoch: float) -> Optimizers:
+    """The run's optimizers; each group carries its name, its parameters' names, their elements on all processes, its
+    peak lr, its first weight decay and whether it decays."""
     settings = config.optimizer
     adamw: list[dict[str, Any]] = []
     muon: list[dict[str, Any]] = []
-    for group, members in parameter_groups(model).items():
+    for group, members in parameter_groups(layout.model).items():
         decays = group in ("matrices", "output") or (group == "embeddings" and config.regularizers.decay_embeddings)
         by_muon = settings.name == "muon" and group == "matrices"
         peak_lr = settings.matrix_lr if by_muon else settings.lr
         first_decay = first_weight_decay(config.regularizers, peak_lr, steps_per_epoch)
         entry = {
-            "params": list(members.values()),
+            "params": [layout.weights[name] for name in members],
             "group_name": group,
             "names": list(members),
+            "elements": sum(layout.shapes[name].numel() for name in members),
             "decays": decays,
             "peak_lr": peak_lr,
             "first_decay": first_decay,
@@ -63,7 +66,11 @@ def build_optimizers(model: nn.Module, config: Config, steps_per_epoch: float) -
         (muon if by_muon else adamw).append(entry)
     optimizers: Optimizers = []
     if muon:
-        optimizers.append(torch.optim.Muon(muon, lr=settings.matrix_lr, momentum=settings.matrix_momentum))
+        lr, momentum = settings.matrix_lr, settings.matrix_momentum
+        if layout.hardware.world > 1:
+            optimizers.append(SharedMuon(muon, layout, lr=lr, momentum=momentum))
+        else:
+            optimizers.append(torch.optim.Muon(muon, lr=lr, momentum=momentum))
     optimizers.append(torch.optim.AdamW(adamw, lr=settings.lr, betas=settings.betas, eps=settings.eps, fused=True))
     return optimizers
 
@@ -93,10 +100,10 @@ def describe_groups(optimizers: Optimizers, config: Regularizers, steps_per_epoc
     lines = []
     for optimizer in optimizers:
         for group in optimizer.param_groups:
-            elements = sum(parameter.numel() for parameter in group["params"])
             lines.append(
                 f"{group['group_name']:<10} {type(optimizer).__name__:<5} {len(group['params']):>4} tensors "
-                f"{elements:>13,} elements  lr {group['peak_lr']:g}  " + describe_decay(group, config, steps_per_epoch)
+                f"{group['elements']:>13,} elements  lr {group['peak_lr']:g}  "
+                + describe_decay(group, config, steps_per_epoch)
             )
     return lines
 
@@ -113,13 +120,10 @@ def describe_decay(group: dict[str, Any], config: Regularizers, steps_per_epoch:
     return f"{words} (timescale {steps:,.0f} steps, {steps / steps_per_epoch:,.2f} epochs)"
 
 
-def clip_gradients(model: nn.Module, limit: float) -> Tensor:
-    """Scale all gradients so that their joint norm is at most ``limit`` (0: no limit); the norm before, a scalar."""
-    gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
-    norm = torch.nn.utils.get_total_norm(gradients)
+def clip_gradients(weights: Iterable[Tensor], limit: float, norm: Tensor) -> None:
+    """Scale all gradients, whose joint norm is ``norm``, so that it is at most ``limit`` (0: no limit)."""
     if limit > 0 and (norm.device.type != "cpu" or norm > limit):  # a GPU is not waited for: it multiplies by 1
-        torch.nn.utils.clip_grads_with_norm_(model.parameters(), limit, norm)
-    return norm
+        torch.nn.utils.clip_grads_with_norm_(weights, limit, norm)
 
 
 def optimizer_state(optimizers: Optimizers) -> dict[str, Tensor]:

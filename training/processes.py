@@ -27,8 +27,17 @@ def join(hardware: Hardware, hang_timeout: int) -> Hardware:
     store, _, _ = next(rendezvous("env://", hardware.rank, hardware.world, timeout=timeout))
     # torchrun keeps its store when it starts the processes anew: the addresses of the dead must not be found there.
     store = PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
-    backend = "nccl" if hardware.device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, store=store, rank=hardware.rank, world_size=hardware.world, timeout=timeout)
+    # Decisions travel over gloo, beside the tensors of a GPU: a process that waits for one of them is Python that can
+    # tell who failed, while NCCL's watchdog would end it without a word.
+    on_gpu = hardware.device.type == "cuda"
+    dist.init_process_group(
+        "cpu:gloo,cuda:nccl" if on_gpu else "gloo",
+        store=store,
+        rank=hardware.rank,
+        world_size=hardware.world,
+        timeout=timeout,
+        device_id=hardware.device if on_gpu else None,
+    )
     return replace(hardware, hang_timeout=hang_timeout, store=store)
 
 
@@ -80,9 +89,9 @@ def from_main(value: Any, hardware: Hardware) -> Any:
     if hardware.world == 1:
         return value
     text = json.dumps(value).encode() if hardware.main else b""
-    length = torch.tensor([len(text)], device=hardware.device)
+    length = torch.tensor([len(text)])
     dist.broadcast(length, src=0)
-    characters = torch.zeros(int(length), dtype=torch.uint8, device=hardware.device)
+    characters = torch.zeros(int(length), dtype=torch.uint8)
     if hardware.main:
         characters.copy_(torch.frombuffer(bytearray(text), dtype=torch.uint8))
     dist.broadcast(characters, src=0)
@@ -112,5 +121,4 @@ def on_main(hardware: Hardware, work: Callable[..., Any], *arguments: Any) -> An
 
 def barrier(hardware: Hardware) -> None:
     """Wait until every process is here."""
-    if hardware.world > 1:
-        dist.barrier()
+    total(torch.zeros(1), hardware)

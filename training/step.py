@@ -62,23 +62,27 @@ def training_step(learner: Learner, batches: Batches, step: int, signals: StopSi
         first = step * training.global_batch_size + micro_batch * training.micro_size
         samples += fingerprint(first, batch.sample_ids_B)
         key = (config.run.seed, step, micro_batch)
-        terms = differentiate(batch, key, model, learner.forward, config, learner.hardware, learner.teachers)
-        inject_fault("gradient", step + 1, chain(terms.values(), (weight.grad for weight in model.parameters())))
+        last = learner.gradients.expect_last_pass if micro_batch == learner.micro_batches[-1] else None
+        terms = differentiate(batch, key, model, learner.forward, config, learner.hardware, learner.teachers, last)
         # What is summed along with the gradients: the loss terms, and whether this process was told to stop.
         names = sorted(terms)
         vote = terms["objective"].new_full((), bool(signals and signals.received))
-        learner.gradients.add(micro_batch, torch.stack([*(terms[name].detach() for name in names), vote]))
+        values_N = torch.stack([*(terms[name].detach() for name in names), vote])
+        gradients = (weight.grad for weight in learner.layout.weights.values())
+        inject_fault("gradient", step + 1, chain([values_N], gradients))
+        learner.gradients.add(micro_batch, values_N)
         batches.advance()  # while a GPU still computes: nothing has waited for it yet
-    sums_N = learner.gradients.total()
+    learner.gradients.finish()
     add_penalty_gradients(learner.decayed.values(), config.regularizers)
-    norm = clip_gradients(model, config.optimizer.grad_clip)
+    norm, sums_N = learner.gradients.norm_and_values()
+    clip_gradients(learner.layout.weights.values(), config.optimizer.grad_clip, norm)
     gradient_norm, *sums, votes = torch.cat([norm[None], sums_N]).tolist()  # the step's only synchronisation
     for optimizer in learner.optimizers:
         if math.isfinite(gradient_norm):  # if not, nothing changes, on no process: it is summed, so all see the same
             update_weights(optimizer, config.regularizers)
         optimizer.zero_grad(set_to_none=True)
-    learner.average.update(model, step + 1)
-    inject_fault("weights", step + 1, model.parameters())
+    learner.average.update(learner.layout.weights, step + 1)
+    inject_fault("weights", step + 1, learner.layout.weights.values())
     sums_by_name = dict(zip(names, sums, strict=True))
     return StepResult(sums_by_name, gradient_norm, learning_rate, votes > 0, samples, time.perf_counter() - started)
 
@@ -91,6 +95,7 @@ def differentiate(
     config: Config,
     hardware: Hardware,
     teachers: Sequence[Teacher] = (),
+    before_last_pass: Callable[[], None] | None = None,
 ) -> dict[str, Tensor]:
     """Add the gradients of one micro-batch to ``.grad``; returns the objective and its terms (see ``objective``).
 
@@ -102,6 +107,7 @@ def differentiate(
         config: that of the run; the gradients of a step are those of the mean over all of its tokens.
         hardware: the precision in which the model runs.
         teachers: whose predictions are distilled.
+        before_last_pass: what to call before the last of the backward passes.
     """
     regularizers, (seed, step, micro_batch) = config.regularizers, key
     step_readings = draw_readings(regularizers, config.training.global_batch_size, seed, step)
@@ -132,8 +138,10 @@ def differentiate(
     )
     for name, term in second.items():
         terms[name] = terms[name] + term if name in terms else term
-    terms["objective"].backward()
     masked = mask_inputs(changes, (len(tokens_BT), tokens_BT.shape[1]), regularizers, *key, hardware.device)
+    if masked is None and before_last_pass:
+        before_last_pass()
+    terms["objective"].backward()
     if masked is not None:  # the same again, after the first pass has freed its memory
         seed_activations(*key, purpose="activations of the masked pass")
         with hardware.autocast():
@@ -141,6 +149,8 @@ def differentiate(
         hidden_ND = hidden_BTD.flatten(0, 1).to(hardware.dtype)
         again = objective(hidden_ND, model.output_weight, targets_BT.flatten(), PLAIN, n_targets, mixed)
         weighted = regularizers.masked_input_weight * again["objective"]
+        if before_last_pass:
+            before_last_pass()
         weighted.backward()
         terms["objective"] = terms["objective"].detach() + weighted.detach()
         terms["masked_input_loss"] = again["loss"]

@@ -25,12 +25,19 @@ def free_port() -> int:
         return int(listener.getsockname()[1])
 
 
-def start(flags: list[str], directory: Path, world: int = 1, fault: str = "") -> Processes:
-    """``world`` processes of train.py that are one run; ``fault`` is WELLPOSED_FAULT."""
+def start(
+    flags: list[str], directory: Path, world: int = 1, fault: str = "", per_machine: int | None = None
+) -> Processes:
+    """``world`` processes of train.py that are one run; ``fault`` is WELLPOSED_FAULT.
+
+    They believe that so many of them are on one machine; by default all are.
+    """
+    per_machine = per_machine or world
     rendezvous = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(world)}
     processes = []
     for rank in range(world):
-        ranks = rendezvous | {"RANK": str(rank), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(world)}
+        ranks = rendezvous | {"RANK": str(rank), "LOCAL_RANK": str(rank % per_machine)}
+        ranks |= {"LOCAL_WORLD_SIZE": str(per_machine)}
         processes.append(
             subprocess.Popen(
                 [sys.executable, str(ROOT / "train.py"), *flags],

@@ -24,7 +24,7 @@ def two_saved(tmp_path: Path) -> tuple[Path, Path]:
     """Checkpoints of the steps 1 and 2, with all files that there can be."""
     files = {"model": "blocks.0.weight", "optimizer": "blocks.0.weight/exp_avg", "average": "blocks.0.weight"}
     tensors = {name: {key: torch.rand(8, 8)} for name, key in files.items()}
-    one, two = (save(tmp_path / "checkpoints", tensors, {"step": step, "best": None}) for step in (1, 2))
+    one, two = (save(tmp_path / "checkpoints", tensors.items(), {"step": step, "best": None}) for step in (1, 2))
     return one, two
 
 
@@ -205,7 +205,7 @@ def test_hostile_files_are_refused_before_memory_is_taken(tmp_path: Path) -> Non
     fields = {"model_type": "gpt2", "n_layer": 1, "n_embd": 4, "n_head": 1, "n_positions": 8, "vocab_size": 4}
     checkpoints = []
     for number, content in enumerate(HOSTILE.values()):
-        checkpoint = save(tmp_path, tensors, {"step": number})
+        checkpoint = save(tmp_path, tensors.items(), {"step": number})
         replace_in_checkpoint(checkpoint, "model.safetensors", content)
         (checkpoint / "config.json").write_text(json.dumps(fields))
         checkpoints.append(checkpoint)

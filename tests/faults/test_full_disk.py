@@ -53,8 +53,9 @@ def test_checkpoints_that_do_not_fit(tiny: Flags, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.fault(20)
-def test_the_processes_agree_on_a_full_disk(tiny: Flags, tmp_path: Path) -> None:
-    flags = tiny(training__micro_batch_size=4, checkpoint__every=2, training__max_failed_saves=1)
+@pytest.mark.parametrize("shard", ["none", "all"])
+def test_the_processes_agree_on_a_full_disk(shard: str, tiny: Flags, tmp_path: Path) -> None:
+    flags = tiny(training__micro_batch_size=4, checkpoint__every=2, training__max_failed_saves=1, run__shard=shard)
     processes = start(flags, tmp_path, 2)
     resource.prlimit(processes[0].pid, resource.RLIMIT_FSIZE, (150_000, 150_000))
     codes, _, errors = end(processes)

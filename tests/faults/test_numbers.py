@@ -23,9 +23,12 @@ SHARED = {"training__micro_batch_size": 4, "tracking__log_every": 1}
 
 @pytest.mark.slow
 @pytest.mark.fault(32)
-def test_a_gradient_that_is_not_finite_on_one_rank_changes_nothing_anywhere(tiny: Flags, tmp_path: Path) -> None:
+@pytest.mark.parametrize("shard", ["none", "all"])
+def test_a_gradient_that_is_not_finite_on_one_rank_changes_nothing_anywhere(
+    shard: str, tiny: Flags, tmp_path: Path
+) -> None:
     """Step 9 is skipped by both: weights and moments stay those of step 8, and the run goes on."""
-    knobs = SHARED | {"checkpoint__every": 1, "checkpoint__keep": 30}
+    knobs = SHARED | {"checkpoint__every": 1, "checkpoint__keep": 30, "run__shard": shard}
     codes, _, errors = end(start(tiny(**knobs), tmp_path, 2, fault="gradient:1:9:nan"))
     assert codes == [0, 0] and "step 9: the gradient is not finite; the step is skipped (1 in a row)" in errors
     checkpoints = {int(path.name[5:]): path for path in existing(tmp_path / "runs/tiny/checkpoints")}

@@ -90,9 +90,10 @@ def test_two_nodes(tiny: Flags, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.fault(7)
-def test_a_killed_rank_is_started_again_by_torchrun(tiny: Flags, tmp_path: Path) -> None:
+@pytest.mark.parametrize("shard", ["none", "all"])
+def test_a_killed_rank_is_started_again_by_torchrun(shard: str, tiny: Flags, tmp_path: Path) -> None:
     """kill -9 of rank 1 under --max-restarts: it resumes by itself, ends the same, in the same W&B run."""
-    knobs = SHARED | {"checkpoint__every": 3, "training__max_steps": 60, "evaluation__every": 20}
+    knobs = SHARED | {"checkpoint__every": 3, "training__max_steps": 60, "evaluation__every": 20, "run__shard": shard}
     launcher = ["--standalone", "--nproc_per_node=2"]
     alone = torchrun(tiny(run__name="alone", **knobs), tmp_path, *launcher)
     assert alone.wait(timeout=120) == 0, alone.communicate()[1]
@@ -128,8 +129,9 @@ def test_a_step_that_always_crashes_ends_the_attempts(tiny: Flags, tmp_path: Pat
 @pytest.mark.slow
 @pytest.mark.fault(9)
 @pytest.mark.parametrize("rank", [0, 1])
-def test_a_rank_that_hangs_is_named(rank: int, tiny: Flags, tmp_path: Path) -> None:
-    flags = tiny(training__hang_timeout=6, **SHARED)
+@pytest.mark.parametrize("shard", ["none", "all"])
+def test_a_rank_that_hangs_is_named(shard: str, rank: int, tiny: Flags, tmp_path: Path) -> None:
+    flags = tiny(training__hang_timeout=6, run__shard=shard, **SHARED)
     processes = start(flags, tmp_path, 2, fault=f"weights:{rank}:5:stop")
     other = processes[1 - rank]
     assert other.wait(timeout=60) == 4
@@ -166,8 +168,9 @@ def state(pid: int) -> str:
 @pytest.mark.slow
 @pytest.mark.fault(11)
 @pytest.mark.parametrize("fault", ["evaluate:1:8:raise", "evaluate:0:8:raise", "save-begin:0:8:raise"])
-def test_an_exception_on_one_rank_ends_all(fault: str, tiny: Flags, tmp_path: Path) -> None:
-    processes = start(tiny(**SHARED), tmp_path, 2, fault=fault)
+@pytest.mark.parametrize("shard", ["none", "all"])
+def test_an_exception_on_one_rank_ends_all(shard: str, fault: str, tiny: Flags, tmp_path: Path) -> None:
+    processes = start(tiny(run__shard=shard, **SHARED), tmp_path, 2, fault=fault)
     codes, _, errors = end(processes, timeout=60)
     assert codes == [4, 4]
     assert "RuntimeError: a fault was asked for" in errors  # its traceback, for whoever mends it

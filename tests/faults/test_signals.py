@@ -23,10 +23,12 @@ SHARED = {"training__micro_batch_size": 4, "tracking__log_every": 1, "regularize
 @pytest.mark.slow
 @pytest.mark.fault(12, 14)
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
-def test_a_signal_to_one_rank_stops_all_at_the_same_step(number: int, tiny: Flags, tmp_path: Path) -> None:
-    assert end(start(tiny(run__name="alone", **SHARED), tmp_path, 2))[0] == [0, 0]
+@pytest.mark.parametrize("shard", ["none", "all"])
+def test_a_signal_to_one_rank_stops_all_at_the_same_step(shard: str, number: int, tiny: Flags, tmp_path: Path) -> None:
+    knobs = SHARED | {"run__shard": shard}
+    assert end(start(tiny(run__name="alone", **knobs), tmp_path, 2))[0] == [0, 0]
     run = tmp_path / "runs/tiny"
-    processes = start(tiny(**SHARED), tmp_path, 2)
+    processes = start(tiny(**knobs), tmp_path, 2)
     wait_until(lambda: len(read_metrics(run)) >= 3, processes[0])
     processes[1].send_signal(number)
     codes, output, errors = end(processes)
@@ -36,7 +38,7 @@ def test_a_signal_to_one_rank_stops_all_at_the_same_step(number: int, tiny: Flag
     assert summary["status"] == "preempted" and 3 <= summary["steps"] < 24
     newest = existing(run / "checkpoints")[0]
     assert problem_of(newest) is None and read_state(newest)["step"] == summary["steps"]
-    assert end(start(tiny(**SHARED), tmp_path, 2))[0] == [0, 0]
+    assert end(start(tiny(**knobs), tmp_path, 2))[0] == [0, 0]
     same_as(tmp_path / "runs/alone", run)
 
 

@@ -53,7 +53,7 @@ FORMS = {
 
 
 def once(name: str) -> dict[str, float]:
-    """Forward and backward, fp32, the second time: value, seconds, and the bytes by which the process grew meanwhile."""
+    """Forward and backward, fp32, done again: value, seconds, and the bytes by which the process grew."""
     generator = torch.Generator().manual_seed(0)
     hidden_ND = torch.randn(TOKENS, WIDTH, generator=generator).requires_grad_()
     weight_VD = (0.05 * torch.randn(VOCABULARY, WIDTH, generator=generator)).requires_grad_()

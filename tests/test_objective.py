@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from itertools import product
 
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.testing import CompileCounter
 from torch.nn import functional as F
 
 from config import Regularizers
+from hardware import missing_for_compile
 from regularizers import objective as module
 from regularizers.objective import Taught, multi_token_terms, objective
 
@@ -252,6 +255,52 @@ def test_teachers_that_are_sure_of_different_tokens_leave_no_infinity() -> None:
         assert found["distillation_loss"].item() == pytest.approx(expected, abs=1e-6)
 
 
+@pytest.fixture
+def everything(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[Tensor]]:
+    """The objective's terms and gradients with mixup, two teachers, padding, and a second chunk that is not full."""
+    monkeypatch.setitem(module.CHUNK_ELEMENTS, "cpu", 64 * V)
+    monkeypatch.setitem(module.VOCABULARY_MULTIPLE, "cpu", 64)
+
+    def formed(strength: float, dtype: torch.dtype, compiled: bool) -> list[Tensor]:
+        hidden, weight, target = drawn()
+        hidden = torch.cat([hidden, hidden.flip(0), 2 * hidden])[:-2].to(dtype).detach().requires_grad_()
+        target = target.repeat(3)[:-2]
+        target[5:7] = torch.tensor([-1, 0])
+        mixed = target.roll(1), torch.linspace(0, 1, len(target))
+        off = {name: strength * getattr(ALL, name) for name in ("label_smoothing", "z_loss", "entropy_penalty")}
+        knobs = Regularizers(**off, distillation_weight=0.3 * strength, distillation_temperature=1 + strength)
+        taught = [
+            Taught(one.hidden_ND.to(dtype), one.weight_VD, one.share_N.float())
+            for one in teachers(2, torch.float32, len(target))
+        ]
+        terms = objective(hidden, weight, target, knobs, 90.0, mixed, taught=taught, compiled=compiled)
+        return [*terms.values(), *torch.autograd.grad(terms["objective"], [hidden, weight])]
+
+    return formed
+
+
+def test_what_is_compiled_fits_every_chunk_and_every_value(
+    everything: Callable[..., list[Tensor]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two chunks of three steps under other values: each of four functions is traced once."""
+    counter = CompileCounter()
+    monkeypatch.setattr(module, "_compiled", lambda step: torch.compile(step, backend=counter, dynamic=False))
+    torch._dynamo.reset()
+    for strength in (1.0, 0.5, 0.7):
+        for found, expected in zip(*(everything(strength, torch.float32, how) for how in (True, False)), strict=True):
+            torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+    assert counter.frame_count == 4
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.slow)])
+def test_compiled_it_is_the_same(dtype: torch.dtype, everything: Callable[..., list[Tensor]]) -> None:
+    if missing_for_compile():
+        pytest.skip("torch.compile needs a C++ compiler here")
+    tolerance = 1e-5 if dtype == torch.float32 else 1e-2
+    for found, expected in zip(*(everything(1.0, dtype, how) for how in (True, False)), strict=True):
+        torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance / 10)
+
+
 @pytest.mark.parametrize(("count", "most"), [(0, 40e6), (2, 80e6)])
 def test_memory_is_that_of_a_chunk(count: int, most: float) -> None:
     """The logits of all tokens never exist: with 2,048 tokens and 20,000 entries they alone would be 164 MB.
@@ -277,7 +326,7 @@ def backward(tokens):
     taught = [module.Taught(hidden.detach()[:tokens], weight.detach(), torch.full((tokens,), 0.5))] * {count}
     module.objective(hidden[:tokens], weight, target[:tokens], knobs, tokens, taught=taught)["objective"].backward()
 backward(64)
-before = memory("VmHWM")
+before = memory("VmRSS")
 backward(2048)
 print(memory("VmHWM") - before)
 """

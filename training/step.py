@@ -109,7 +109,7 @@ def differentiate(
         teachers: whose predictions are distilled.
         before_last_pass: what to call before the last of the backward passes.
     """
-    regularizers, (seed, step, micro_batch) = config.regularizers, key
+    regularizers, (seed, step, micro_batch), compiled = config.regularizers, key, hardware.compile
     step_readings = draw_readings(regularizers, config.training.global_batch_size, seed, step)
     n_targets, n_ordinary = count_targets(step_readings, config)
     batch, readings = as_read(batch, step_readings, micro_batch)
@@ -131,10 +131,11 @@ def differentiate(
         mixed=mixed,
         ordinary_N=None if ordinary_BT is None else ordinary_BT.flatten(),
         taught=taught,
+        compiled=compiled,
     )
     n_after_next = max(1, n_targets - config.training.global_batch_size)
     second = multi_token_terms(
-        hidden_BTD, model.auxiliary, model.output_weight, targets_BT, regularizers, n_after_next, mixed
+        hidden_BTD, model.auxiliary, model.output_weight, targets_BT, regularizers, n_after_next, mixed, compiled
     )
     for name, term in second.items():
         terms[name] = terms[name] + term if name in terms else term
@@ -147,7 +148,8 @@ def differentiate(
         with hardware.autocast():
             hidden_BTD = forward(tokens_BT, batch.positions_BT, batch.documents_BT, changes=masked)
         hidden_ND = hidden_BTD.flatten(0, 1).to(hardware.dtype)
-        again = objective(hidden_ND, model.output_weight, targets_BT.flatten(), PLAIN, n_targets, mixed)
+        targets_N = targets_BT.flatten()
+        again = objective(hidden_ND, model.output_weight, targets_N, PLAIN, n_targets, mixed, compiled=compiled)
         weighted = regularizers.masked_input_weight * again["objective"]
         if before_last_pass:
             before_last_pass()

@@ -146,15 +146,16 @@ def same_tensors(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
 def without_objective_terms() -> Any:
     """The objective's module with every branch on a knob taken out of its source."""
     source = inspect.getsource(objective)
-    second_targets = "if self.second_R1 is not None and self.share_R1 is not None:"
-    conditions = ("if config.z_loss:", "if config.entropy_penalty:", "if self.spread:", "if z_sum_R1 is not None:")
-    distilled = ("if taught:", "if distillation is not None:", "if self.distillation is not None:")
-    changes = dict.fromkeys((*conditions, second_targets, "if mixed is not None:", *distilled), "if False:")
+    second_targets = "if self.second_N1 is not None and self.share_N1 is not None:"
+    conditions = ("if config.label_smoothing:", "if config.z_loss:", "if config.entropy_penalty:")
+    inside = ("if smoothing:", "if entropy:", 'if "others" in factors:', 'if "entropy" in factors:')
+    distilled = ("if taught:", "if teachers:", "if divergence_R1 is not None:", "if difference_RP is not None:")
+    branches = (*conditions, *inside, *distilled, second_targets, "if mixed is not None:")
+    changes = dict.fromkeys(branches, "if False:")
     changes |= {
-        "z_RV.sum(1, keepdim=True) if self.spread else None": "None",
-        "shifted_RV.exp() if config.entropy_penalty else shifted_RV.exp_()": "shifted_RV.exp_()",
-        "weight_R1 if self.distillation is None else self.kept * weight_R1": "weight_R1",
-        "-(1 - config.label_smoothing - self.spread) * kept_R1": "-weight_R1",
+        "x_RP.exp() if entropy else x_RP.exp_()": "x_RP.exp_()",
+        "kept * weight_R1": "weight_R1",
+        'kept * factors["on_target"]': "weight_R1",
     }
     for before, after in changes.items():
         assert before in source, before

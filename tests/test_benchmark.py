@@ -46,7 +46,9 @@ def test_processes_share_the_same_cores() -> None:
 
 def test_the_table_of_processes() -> None:
     steps = {"1 process": [10.0, 20.0], "2 processes": [5.0, 30.0]}  # ratios 0.5 and 1.5
-    one, two, checkpoint = table({"small": {"step_ms": steps, "checkpoint_ms": [30.0, 30.0]}})[1:]
+    timed = {"step_ms": steps, "checkpoint_ms": [30.0, 30.0]}
+    one, two, checkpoint, _, whole, parts = table({"small": timed, "held": {1: 400e6, 4: 100e6}})[1:]
+    assert whole.split()[0] == "1.00" and parts.split() == ["0.25", "in", "4", "parts", "100.0", "MB"]
     assert one.split()[:3] == ["1.00", "1", "process"]
     assert two.split() == ["1.00", "2", "processes", "17.5", "ms", "a", "step", "(11.2", "to", "23.8)"]
     assert checkpoint.split()[0] == "2.00"

@@ -305,6 +305,7 @@ class Run:
                 stopped_early=progress.stopped_early,
                 diagnosis=diagnosis.verdict,
                 sparsity=small,
+                held_bytes=learner.held_bytes(),
                 **results_of(self.metrics.records, progress.best, test),
             )
             self.mirror.finish(summary, exit_code=code)

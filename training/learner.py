@@ -134,6 +134,11 @@ class Learner:
             yield
             self.layout.release()
 
+    def held_bytes(self) -> int:
+        """Memory of the weights, gradients and moments of this process."""
+        moments = optimizer_state(self.optimizers).values()
+        return sum(2 * weight.nbytes for weight in self.layout.weights.values()) + sum(part.nbytes for part in moments)
+
     def sparsity(self) -> dict[str, float]:
         """The share of small elements in each tensor on which penalties act; computed by all processes together."""
         return sparsity({name: self.layout.whole(name, weight) for name, weight in self.decayed.items()})

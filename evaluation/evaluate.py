@@ -96,17 +96,20 @@ def evaluate(
 
     Returns ``loss`` (nats per token), ``perplexity``, ``bits_per_byte``, ``accuracy``, ``ece``, ``brier``,
     ``entropy``, ``log_z`` (mean log-partition). The model is put back into the mode it was in. On a terminal the main
-    process shows a progress bar called ``title``.
+    process shows a progress bar called ``title``. Each process makes as many forward passes as any other, for with
+    sharded weights all take part in each: one that has a batch less reads the last one again and counts nothing of it.
     """
     training, sums = model.training, Sums()
     model.eval()
-    weight_VD = model.output_weight.to(hardware.dtype)
-    mine = range(hardware.rank, len(batches), hardware.world)
-    for index in tqdm(mine, title, unit="batch", leave=False, disable=None if hardware.main else True):
-        batch = batches.batch(index).to(hardware.device)
+    rounds = range(0, len(batches), hardware.world)
+    for start in tqdm(rounds, title, unit="batch", leave=False, disable=None if hardware.main else True):
+        index = start + hardware.rank
+        batch = batches.batch(min(index, len(batches) - 1)).to(hardware.device)
         hidden_ND = hidden_states(model, batch, hardware)
-        for hidden_RD, target_R in in_chunks(hidden_ND, batch.targets_BT.flatten(), len(weight_VD)):
-            sums.add_logits((hidden_RD @ weight_VD.T).float(), target_R)
+        weight_VD = model.output_weight.to(hardware.dtype)  # after the pass, in which sharded weights are gathered
+        if index < len(batches):
+            for hidden_RD, target_R in in_chunks(hidden_ND, batch.targets_BT.flatten(), len(weight_VD)):
+                sums.add_logits((hidden_RD @ weight_VD.T).float(), target_R)
     model.train(training)
     return sums.metrics(hardware, bytes_per_token)
 

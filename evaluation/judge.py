@@ -61,7 +61,7 @@ class Judge:
             with learner.average.in_place_of(model):
                 scores, calibration = evaluate(model, self.val_batches, hardware, self.bytes_per_token)
             record |= {f"val_average/{name}": value for name, value in scores.items()}
-        if hardware.main and self.config.evaluation.sample_tokens:
+        if self.config.evaluation.sample_tokens:  # on every process: with sharded weights all take part in a pass
             tokens, seed = self.config.evaluation.sample_tokens, self.config.run.seed
             record["sample"] = sample_text(model, self.tokenizer, "", self.corpus.end_of_text, tokens, seed)
         self.calibration = calibration

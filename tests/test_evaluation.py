@@ -17,8 +17,10 @@ from data.loader import EvaluationBatches
 from data.prepare import prepare
 from data.shards import Corpus
 from evaluation.evaluate import Sums, evaluate
+from evaluation.judge import Judge
 from hardware import Hardware
 from model.gpt import GPT
+from training.learner import Learner
 
 ALONE = Hardware(0, 1, torch.device("cpu"), "fp32", False, 1)
 
@@ -128,6 +130,52 @@ def test_mode_and_chunks(model: GPT, corpus: Corpus, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr("evaluation.evaluate.CHUNK_ELEMENTS", 7 * corpus.vocab_size)
     parts, _ = evaluate(model.eval(), batches(), ALONE, 1.0)
     assert not model.training and parts == pytest.approx(whole, rel=1e-6)
+
+
+def test_every_process_makes_as_many_passes_and_each_token_counts_once(
+    model: GPT, corpus: Corpus, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Eight batches on three processes: three passes each, of which one counts nothing."""
+    batches, passes = EvaluationBatches(corpus.split("val"), 16, 10), []
+    assert len(batches) == 8
+    added: list[Tensor] = []
+    monkeypatch.setattr("evaluation.evaluate.total", lambda values, _: added.append(values) or values)
+    hook = model.register_forward_hook(lambda *_: passes.append(None))
+    for rank in range(3):
+        evaluate(model, batches, Hardware(rank, 3, ALONE.device, "fp32", False, 1), 1.0)
+        assert len(passes) == 3 * (rank + 1)
+    hook.remove()
+    shared = sum(added[::2]), sum(added[1::2])
+    evaluate(model, batches, ALONE, 1.0)
+    for ours, theirs in zip(shared, added[-2:], strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=0)
+
+
+def test_the_output_matrix_is_read_after_the_pass(model: GPT, corpus: Corpus) -> None:
+    """Sharded weights are gathered for the pass; here the matrix is another one until then."""
+    batches = EvaluationBatches(corpus.split("val"), 16, 4, 200)
+    expected, _ = evaluate(model, batches, ALONE, 1.0)
+    whole = model.output_weight.data
+    hook = model.register_forward_hook(lambda *_: setattr(model.output_weight, "data", whole))
+    model.output_weight.data = torch.zeros_like(whole)
+    found, _ = evaluate(model, batches, ALONE, 1.0)
+    hook.remove()
+    assert found == expected
+
+
+def test_every_process_writes_a_sample(
+    tiny: Callable[..., list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("evaluation.evaluate.total", lambda values, _: values)
+    config = parse(tiny(training__micro_batch_size=4))
+    corpus = Corpus.open(prepare(config.data, tmp_path / "corpora", quiet=True))
+    model = GPT(config.model, corpus.vocab_size).initialize(0)
+    judge = Judge(corpus, corpus.split("train"), config)
+    samples = []
+    for rank in range(2):
+        learner = Learner(model, config, Hardware(rank, 2, ALONE.device, "fp32", False, 1), 24, 1.0)
+        samples.append(judge(learner, 1).record["sample"])
+    assert samples[0] == samples[1]
 
 
 def test_a_terminal_sees_that_it_is_evaluated(

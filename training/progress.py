@@ -79,7 +79,7 @@ def milestone_step(milestone: int | str, tokens_per_step: int, steps_per_epoch: 
 
 @dataclass(frozen=True)
 class Judgement:
-    """One evaluation: its metrics as metrics.jsonl names them, and a sample of text on the main process.
+    """One evaluation: its metrics as metrics.jsonl names them, and a sample of text.
 
     ``scores`` (loss, bits_per_byte, ...) are those of the weights that are to be used: averaged ones when there are
     some.

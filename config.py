@@ -455,8 +455,11 @@ class Evaluation(Section):
 
     every: Literal["epoch"] | Count | None = None
     """Steps between evaluations, or epoch. null: ten over the run. The last step is always evaluated."""
-    max_tokens: int | None = Field(None, ge=2)
-    """Evaluate on only the first so many tokens. null: the whole split."""
+    max_tokens: int | None = Field(2_000_000, ge=2)
+    """Evaluate on only the first so many tokens. null: the whole split. The test at the end is of its whole split."""
+    batch_size: int | None = Field(None, ge=1)
+    """Sequences that are evaluated at once on one device, which changes the result by rounding alone. null: twice
+    training.micro_batch_size, for without gradients no block's activations are kept."""
     sample_tokens: int = Field(200, ge=0)
     """Tokens of the sample written to samples.txt at each evaluation; 0: none."""
 
@@ -533,6 +536,11 @@ class Config(Section):
     def tokens_per_step(self) -> int:
         """Targets of one optimizer step, over all processes and micro-batches."""
         return self.training.global_batch_size * self.model.context_length
+
+    @property
+    def evaluation_batch_size(self) -> int:
+        """Sequences that are evaluated at once, the null resolved."""
+        return self.evaluation.batch_size or 2 * self.training.micro_size
 
     def flat(self) -> dict[str, Any]:
         """All knobs as ``{"section.key": value}``, in the order of this page."""

@@ -21,7 +21,7 @@ from regularizers.averaging import WeightAverage
 from regularizers.weights import sparsity
 from tracking import run_directory
 from tracking.branch import Branch, checkpoint_to_branch_from, open_branch
-from tracking.console import Console, tell_results, tell_start
+from tracking.console import Console, evaluation_line, tell_results, tell_start
 from tracking.load_run import initial_weights
 from tracking.metrics import Metrics, read_metrics, results_of
 from tracking.teachers import check_unchanged, load_teachers
@@ -194,6 +194,7 @@ class Run:
         text = f"{corpus.directory}, {training_tokens:,} training tokens"
         length = f"{plan.total_steps:,} steps, {plan.epoch_at(plan.total_steps):,.2f} epochs"
         tell_start(self.path, progress.step, text, length, self.config, parameters, hardware)
+        print(evaluation_line(self.config, plan.evaluation_every, corpus.split("val").n_tokens))
         lines = describe_groups(learner.optimizers, self.config.regularizers, plan.steps_per_epoch)
         lines += [f"teacher    {one.described['checkpoint']}, {one.share:.0%} of the mean" for one in learner.teachers]
         print("\n".join([*lines, *(self.branch.lines() if self.branch else [])]), flush=True)

@@ -25,7 +25,7 @@ from training.checkpoint import existing
 LIMITS = tuple(f"training.{name}" for name in ("hang_timeout", "max_nonfinite", "max_failed_saves", "max_attempts"))
 FREE = ("run.name", "run.dir", "run.resume", *LIMITS, "tracking.", "checkpoint.")
 # Knobs whose resolved value is stored with the run; a change on resume is taken, with a warning that bits may differ.
-HARDWARE = ("run.device", "run.precision", "run.compile", "run.threads")
+HARDWARE = ("run.device", "run.precision", "run.compile", "run.threads", "evaluation.batch_size")
 
 
 def is_free(key: str) -> bool:

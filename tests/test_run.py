@@ -67,6 +67,7 @@ def test_what_a_run_leaves(train: Train, tiny: Flags, tmp_path: Path) -> None:
     assert summary["tokens"] == 24 * 8 * 32
     for key in ("best/val/loss", "final/val/loss", "test/loss", "tokens_per_second", "hardware", "versions"):
         assert key in summary
+    assert 1e8 < summary["peak_memory_bytes"] < 1e10  # torch alone takes some 300 MB
     records = read_metrics(run)
     assert [record["step"] for record in records] == [1, 4, 8, 12, 16, 20, 24]
     assert all({"step", "tokens", "epoch"} <= record.keys() for record in records)

@@ -14,7 +14,7 @@ import files
 from command_line import dump
 from config import BadInput, Config, Failure
 from data.shards import Corpus
-from hardware import Hardware
+from hardware import Hardware, device_metrics, operations_per_token, peak_memory
 from model.gpt import AUXILIARY
 from program import FINISHED, PREEMPTED, warn
 from regularizers.averaging import WeightAverage
@@ -175,7 +175,8 @@ class Run:
         if not (self.path / "tokenizer.json").exists():  # kept, so that a run can be moved or exported alone
             with files.replacing(self.path / "tokenizer.json") as temporary:
                 shutil.copyfile(corpus.directory / "tokenizer.json", temporary)
-        parameters = learner.model.count_parameters()
+        parameters, model = learner.model.count_parameters(), self.config.model
+        self.operations = operations_per_token(parameters, model.n_layers, model.d_model, model.context_length)
         self.update_summary(
             status="running",
             error=None,
@@ -221,7 +222,8 @@ class Run:
             record |= {"train/spikes": progress.spikes} if progress.spikes else {}
             record["train/grad_norm"] = result.gradient_norm
             record["train/lr"] = result.learning_rate
-            record["train/tokens_per_second"] = self.steps_timed * self.config.tokens_per_step / self.seconds
+            speed = record["train/tokens_per_second"] = self.steps_timed * self.config.tokens_per_step / self.seconds
+            record |= device_metrics(self.hardware, speed, self.operations)
             self.seconds, self.steps_timed = 0.0, 0
         if judgement is not None:
             record |= judgement.record
@@ -295,6 +297,7 @@ class Run:
                 tokens=progress.tokens,
                 samples=f"{progress.samples:016x}",
                 stopped_early=progress.stopped_early,
+                peak_memory_bytes=peak_memory(self.hardware.device),
                 diagnosis=diagnosis.verdict,
                 sparsity=sparsity(learner.decayed) if self.config.regularizers.l1 else None,
                 **results_of(self.metrics.records, progress.best, test),

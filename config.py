@@ -100,6 +100,8 @@ class Run(Section):
     of a minute or more that take ten together."""
     threads: Literal["auto"] | Annotated[int, Field(ge=1, le=1024)] = "auto"
     """CPU threads of one process. auto: all cores, shared by the processes of this machine."""
+    profile: int = Field(0, ge=0)
+    """Trace so many steps, from the fifth of a start on, into runs/<name>/profile.json for trace viewers. 0: none."""
     resume: Literal["auto", "never"] = "auto"
     """auto: go on from the newest checkpoint of this run. never: move what is there aside and start afresh."""
     init_from: str | None = None

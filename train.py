@@ -81,12 +81,13 @@ def train(config: Config, hardware: Hardware) -> int:
         judge = Judge(corpus, loader.split, config)
         progress = run.resume(learner, corpus)
 
-        with StopSignals() as signals:
+        with StopSignals() as signals, run.profiled() as step_is_done:
             run.begin(progress, learner, corpus, plan, loader.split.n_tokens)
             steps, size = range(progress.step, plan.total_steps), config.training.micro_size
             batches = loader.batches(steps, learner.micro_batches, size, hardware.device)
             while not progress.over(plan):
                 result = training_step(learner, batches, progress.step, signals)
+                step_is_done()
                 progress.count(result, config)
                 judgement = judge(learner, progress.step) if plan.evaluates_at(progress.step) else None
                 if judgement is not None:

@@ -133,6 +133,25 @@ def test_watching_changes_no_weight(reference: Path, train: Train, tiny: Flags, 
     assert weights(tmp_path / "runs/tiny", 24) == weights(reference, 24)
 
 
+@pytest.mark.parametrize(("steps", "traced"), [(3, [5, 6, 7]), (100, [*range(5, 25)])])
+def test_a_profile_changes_no_weight_and_holds_its_steps(
+    steps: int, traced: list[int], reference: Path, train: Train, tiny: Flags, tmp_path: Path
+) -> None:
+    """The run has 24 steps; of more there are the ones up to its end, and what comes after it, which is no step.
+
+    Steps of the trace are numbered from 0.
+    """
+    ended = train(tiny(**DROPOUT, run__profile=steps))
+    assert ended.returncode == 0 and "profile.json; open it at https://ui.perfetto.dev" in ended.stdout
+    assert weights(tmp_path / "runs/tiny", 24) == weights(reference, 24)
+    events = json.loads((tmp_path / "runs/tiny/profile.json").read_text())["traceEvents"]
+    names = {event.get("name") for event in events}
+    assert "aten::scaled_dot_product_attention" in names or "aten::baddbmm" in names
+    found = {name for name in names if str(name).startswith("ProfilerStep#")}
+    assert found - {"ProfilerStep#24"} == {f"ProfilerStep#{step - 1}" for step in traced}
+    assert train(tiny(**DROPOUT)).returncode == 0, "a run is found again without its profile"
+
+
 @pytest.mark.fault(29)
 def test_a_changed_config_is_refused_and_nothing_is_touched(train: Train, tiny: Flags, tmp_path: Path) -> None:
     assert train(tiny(training__max_steps=3)).returncode == 0

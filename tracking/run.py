@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -24,6 +25,7 @@ from tracking.branch import Branch, checkpoint_to_branch_from, open_branch
 from tracking.console import Console, evaluation_line, tell_results, tell_start
 from tracking.load_run import initial_weights
 from tracking.metrics import Metrics, read_metrics, results_of
+from tracking.profile import profiled
 from tracking.teachers import check_unchanged, load_teachers
 from tracking.weights_and_biases import Mirror, start_wandb
 from training import checkpoint
@@ -206,6 +208,10 @@ class Run:
     def update_summary(self, **values: Any) -> dict[str, Any]:
         """Write ``values`` into summary.json; returns the whole of it."""
         return run_directory.update_summary(self.path, **values)
+
+    def profiled(self) -> AbstractContextManager[Callable[[], None]]:
+        """A block whose run.profile steps the main process traces; it gives what is to be called after each step."""
+        return profiled(self.config.run.profile if self.hardware.main else 0, self.path / "profile.json")
 
     def log(self, progress: Progress, result: StepResult, plan: Plan, judgement: Judgement | None) -> None:
         """Record a step: each tracking.log_every-th, the first, the last, each spike, and each that was evaluated."""

@@ -23,7 +23,7 @@ from training.checkpoint import existing
 # Knobs that say where a run lives, how it is watched and what is kept of it. They are left out of the default
 # name and may change on resume; every other change is another run.
 LIMITS = tuple(f"training.{name}" for name in ("hang_timeout", "max_nonfinite", "max_failed_saves", "max_attempts"))
-FREE = ("run.name", "run.dir", "run.resume", *LIMITS, "tracking.", "checkpoint.")
+FREE = ("run.name", "run.dir", "run.resume", "run.profile", *LIMITS, "tracking.", "checkpoint.")
 # Knobs whose resolved value is stored with the run; a change on resume is taken, with a warning that bits may differ.
 HARDWARE = ("run.device", "run.precision", "run.compile", "run.threads", "evaluation.batch_size")
 

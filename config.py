@@ -195,6 +195,10 @@ class Model(Section):
     """Base of the rotary positions (llama, qwen3)."""
     norm_eps: float = Field(1e-5, gt=0, le=0.1)
     """Added to the variance in every norm."""
+    checkpoint_activations: Literal["none", "attention", "block"] = "none"
+    """What a training step does not keep but computes again on the way back, with the same random numbers: less memory
+    for more time (Chen 2016, 1604.06174). attention: that branch. block: everything between the inputs of blocks, which
+    costs a third of a step. The network and its gradients stay what they are."""
 
     @model_validator(mode="after")
     def _consistent(self) -> Model:

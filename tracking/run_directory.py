@@ -24,8 +24,9 @@ from training.checkpoint import existing
 # name and may change on resume; every other change is another run.
 LIMITS = tuple(f"training.{name}" for name in ("hang_timeout", "max_nonfinite", "max_failed_saves", "max_attempts"))
 FREE = ("run.name", "run.dir", "run.resume", "run.profile", *LIMITS, "tracking.", "checkpoint.")
-# Knobs whose resolved value is stored with the run; a change on resume is taken, with a warning that bits may differ.
-HARDWARE = ("run.device", "run.precision", "run.compile", "run.threads", "evaluation.batch_size")
+# Knobs that say how it is computed, not what; a change on resume is taken, with a warning that bits may differ.
+COMPUTED = ("evaluation.batch_size", "model.checkpoint_activations")
+HARDWARE = ("run.device", "run.precision", "run.compile", "run.threads", *COMPUTED)
 
 
 def is_free(key: str) -> bool:

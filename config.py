@@ -450,6 +450,11 @@ class Training(Section):
         """Sequences of one micro-batch, the null resolved."""
         return self.micro_batch_size or self.global_batch_size
 
+    def micro_sizes(self, processes: int) -> list[int]:
+        """Sizes of micro-batches that so many processes can share, ascending."""
+        whole = self.global_batch_size
+        return [size for size in range(1, whole + 1) if whole % size == 0 and (whole // size) % processes == 0]
+
     @property
     def micro_batches(self) -> int:
         """Micro-batches of one optimizer step, over all processes."""

@@ -24,7 +24,7 @@ def main(arguments: list[str]) -> int:
     import_torch()
     from hardware import resolve
     from tracking.run_directory import path_of, read_summary, update_summary
-    from training.failures import explain
+    from training.failures import explain, out_of_memory
     from training.processes import check_micro_batches, join, leave
 
     directory = path_of(config)
@@ -33,7 +33,8 @@ def main(arguments: list[str]) -> int:
     check_micro_batches(config, hardware.world)
     try:
         code = train(config, hardware)
-    except Exception as problem:
+    except Exception as raised:
+        problem = out_of_memory(raised, config, hardware) or raised
         # Another process may have been the first to fail: then this one names it instead of its own lost connection.
         blamed = explain(problem, hardware)
         own = read_summary(directory).get("process") == os.getpid()  # else it was refused, and the summary is another's

@@ -16,12 +16,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from conftest import ROOT, WITH_PARAMETERS, made_up_text
 
+from command_line import parse
+from hardware import Hardware
 from program import exit_code
 from tracking.metrics import read_metrics
 from train import main
 from training.checkpoint import existing, read_state
+from training.failures import out_of_memory
 
 Train = Callable[..., subprocess.CompletedProcess[str]]
 Flags = Callable[..., list[str]]
@@ -328,6 +332,35 @@ def test_a_gradient_that_is_not_finite_changes_nothing(train: Train, tiny: Flags
     ended = train(tiny(optimizer__lr=1e30, training__max_nonfinite=3, schedule__name="constant"))
     assert ended.returncode == 4 and "3 times in a row" in ended.stderr
     assert json.loads((tmp_path / "runs/tiny/summary.json").read_text())["status"] == "failed"
+
+
+@pytest.mark.parametrize(
+    ("place", "knobs", "way"),
+    [
+        ("training.step.differentiate", {}, "use --training.micro_batch_size=4, or --model.checkpoint_activations=b"),
+        ("training.step.differentiate", {"training__micro_batch_size": 1}, "use a smaller model.context_length or"),
+        ("evaluation.evaluate.hidden_states", {}, "16 sequences at once do not fit"),
+        ("evaluation.evaluate.hidden_states", {"evaluation__batch_size": 6}, "use --evaluation.batch_size=3"),
+    ],
+)
+def test_a_lack_of_memory_names_the_knob_and_the_next_size(
+    place: str, knobs: dict[str, int], way: str, train: Train, tiny: Flags, tmp_path: Path, monkeypatch: Any
+) -> None:
+    monkeypatch.setattr(place, lambda *_: torch.empty(2**60, dtype=torch.uint8))
+    ended = train(tiny(**knobs))
+    assert ended.returncode == 4 and "Traceback" not in ended.stderr
+    assert "do not fit into the memory of cpu" in ended.stderr and way in ended.stderr
+    assert way in json.loads((tmp_path / "runs/tiny/summary.json").read_text())["error"]
+
+
+def test_the_next_size_is_one_that_the_processes_can_share() -> None:
+    """Of 12 sequences two processes take 6, 3, 2 or 1 each at once, and mixup needs a pair."""
+    problem = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+    on_two = Hardware(0, 2, torch.device("cuda"), "bf16", True, 1)
+    for size, knobs, expected in ((6, [], "micro_batch_size=3"), (2, ["--regularizers.mixup_alpha=1"], "a smaller")):
+        config = parse(["--training.global_batch_size=12", f"--training.micro_batch_size={size}", *knobs])
+        assert expected in str(out_of_memory(problem, config, on_two))
+    assert out_of_memory(RuntimeError("another"), config, on_two) is None
 
 
 def test_a_mistake_leaves_the_name_free(train: Train, tiny: Flags, tmp_path: Path) -> None:

@@ -103,6 +103,8 @@ class Run(Section):
     shard: Literal["none", "node", "all"] = "none"
     """With several processes, what each holds of the model: all of it (none, the fastest), or a part of its weights,
     gradients and moments. node shares them out between the processes of a machine, all between all (torch's FSDP2)."""
+    profile: int = Field(0, ge=0)
+    """Trace so many steps, from the fifth of a start on, into runs/<name>/profile.json for trace viewers. 0: none."""
     resume: Literal["auto", "never"] = "auto"
     """auto: go on from the newest checkpoint of this run. never: move what is there aside and start afresh."""
     init_from: str | None = None
@@ -196,6 +198,10 @@ class Model(Section):
     """Base of the rotary positions (llama, qwen3)."""
     norm_eps: float = Field(1e-5, gt=0, le=0.1)
     """Added to the variance in every norm."""
+    checkpoint_activations: Literal["none", "attention", "block"] = "none"
+    """What a training step does not keep but computes again on the way back, with the same random numbers: less memory
+    for more time (Chen 2016, 1604.06174). attention: that branch. block: everything between the inputs of blocks, which
+    costs a third of a step. The network and its gradients stay what they are."""
 
     @model_validator(mode="after")
     def _consistent(self) -> Model:
@@ -447,6 +453,11 @@ class Training(Section):
         """Sequences of one micro-batch, the null resolved."""
         return self.micro_batch_size or self.global_batch_size
 
+    def micro_sizes(self, processes: int) -> list[int]:
+        """Sizes of micro-batches that so many processes can share, ascending."""
+        whole = self.global_batch_size
+        return [size for size in range(1, whole + 1) if whole % size == 0 and (whole // size) % processes == 0]
+
     @property
     def micro_batches(self) -> int:
         """Micro-batches of one optimizer step, over all processes."""
@@ -458,8 +469,11 @@ class Evaluation(Section):
 
     every: Literal["epoch"] | Count | None = None
     """Steps between evaluations, or epoch. null: ten over the run. The last step is always evaluated."""
-    max_tokens: int | None = Field(None, ge=2)
-    """Evaluate on only the first so many tokens. null: the whole split."""
+    max_tokens: int | None = Field(2_000_000, ge=2)
+    """Evaluate on only the first so many tokens. null: the whole split. The test at the end is of its whole split."""
+    batch_size: int | None = Field(None, ge=1)
+    """Sequences that are evaluated at once on one device, which changes the result by rounding alone. null: twice
+    training.micro_batch_size, for without gradients no block's activations are kept."""
     sample_tokens: int = Field(200, ge=0)
     """Tokens of the sample written to samples.txt at each evaluation; 0: none."""
 
@@ -541,6 +555,11 @@ class Config(Section):
     def tokens_per_step(self) -> int:
         """Targets of one optimizer step, over all processes and micro-batches."""
         return self.training.global_batch_size * self.model.context_length
+
+    @property
+    def evaluation_batch_size(self) -> int:
+        """Sequences that are evaluated at once, the null resolved."""
+        return self.evaluation.batch_size or 2 * self.training.micro_size
 
     def flat(self) -> dict[str, Any]:
         """All knobs as ``{"section.key": value}``, in the order of this page."""

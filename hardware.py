@@ -5,7 +5,10 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+import re
+import resource
 import shutil
+import sys
 import sysconfig
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -20,6 +23,20 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 WORTH_COMPILING = 600  # estimated seconds of a run on CPUs: compiling takes 10 to 30 s and saves 2 to 25% of a step
 WORTH_STARTING_COMPILED = 60  # the same for one of many runs: each takes some seconds to find what was compiled before
 OPERATIONS_PER_SECOND = 1e11  # floating-point operations of matrix products that one core does in an estimate
+# Of dense bf16 matrix products, added up in fp32, from NVIDIA's data sheets; of V100 and T4, without bf16, in fp16.
+PEAK_OPERATIONS_PER_SECOND = {
+    "H200": 989e12,
+    "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
+    "H100": 989e12,
+    "A100": 312e12,
+    "A10": 125e12,
+    "L4": 121e12,
+    "V100": 125e12,
+    "T4": 65e12,
+    "RTX 4090": 165e12,
+    "RTX 3090": 71e12,
+}
 SECONDS_PER_LAYER = 1e-3  # of each micro-batch, whatever its size: the time in which nothing is computed
 
 
@@ -174,6 +191,38 @@ def estimated_seconds(hardware: Hardware, config: Config, n_parameters: int, tot
 def operations_per_token(n_parameters: int, n_layers: int, d_model: int, context: int) -> int:
     """Floating-point operations of a training step's products: 6·N + 12·L·D·T (Kaplan 2020, PaLM 2022)."""
     return 6 * n_parameters + 12 * n_layers * d_model * context
+
+
+def peak_operations(device_name: str) -> float | None:
+    """Floating-point operations a second of which a device of this name is capable at most; None if it is not known.
+
+    A part of a device, as MIG cuts it, and the slower ones of the same name are not known.
+    """
+    if re.search(r"\b(MIG|Laptop|D)\b", device_name):
+        return None
+    names = (name for name in PEAK_OPERATIONS_PER_SECOND if re.search(rf"\b{name}\b", device_name))
+    return next((PEAK_OPERATIONS_PER_SECOND[name] for name in names), None)
+
+
+def peak_memory(device: torch.device) -> int:
+    """The most bytes that this process has held so far: allocated on its GPU, else resident in the machine's memory."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def device_metrics(hardware: Hardware, tokens_per_second: float, operations: int) -> dict[str, float]:
+    """On CUDA what is logged of the devices, at this speed of all of them and so many ``operations`` a token.
+
+    ``train/mfu`` (PaLM 2022) is the share of the devices' peak that forward and backward pass of the network need,
+    missing where the peak is not known; ``train/memory_gb`` the most memory that the main process has held.
+    """
+    if hardware.device.type != "cuda":
+        return {}
+    metrics = {"train/memory_gb": peak_memory(hardware.device) / 1e9}
+    peak = peak_operations(hardware.describe()["device_name"])
+    return metrics | ({"train/mfu": tokens_per_second * operations / (peak * hardware.world)} if peak else {})
 
 
 def missing_for_compile() -> str | None:

@@ -24,7 +24,7 @@ def main(arguments: list[str]) -> int:
     import_torch()
     from hardware import resolve
     from tracking.run_directory import path_of, read_summary, update_summary
-    from training.failures import explain
+    from training.failures import explain, out_of_memory
     from training.processes import check_micro_batches, join, leave
 
     directory = path_of(config)
@@ -33,7 +33,8 @@ def main(arguments: list[str]) -> int:
     check_micro_batches(config, hardware.world)
     try:
         code = train(config, hardware)
-    except Exception as problem:
+    except Exception as raised:
+        problem = out_of_memory(raised, config, hardware) or raised
         # Another process may have been the first to fail: then this one names it instead of its own lost connection.
         blamed = explain(problem, hardware)
         own = read_summary(directory).get("process") == os.getpid()  # else it was refused, and the summary is another's
@@ -80,12 +81,13 @@ def train(config: Config, hardware: Hardware) -> int:
         judge = Judge(corpus, loader.split, config)
         progress = run.resume(learner, corpus)
 
-        with StopSignals() as signals:
+        with StopSignals() as signals, run.profiled() as step_is_done:
             run.begin(progress, learner, corpus, plan, loader.split.n_tokens)
             steps, size = range(progress.step, plan.total_steps), config.training.micro_size
             batches = loader.batches(steps, learner.micro_batches, size, hardware.device)
             while not progress.over(plan):
                 result = training_step(learner, batches, progress.step, signals)
+                step_is_done()
                 progress.count(result, config)
                 judgement = judge(learner, progress.step) if plan.evaluates_at(progress.step) else None
                 if judgement is not None:

@@ -64,6 +64,19 @@ class Batch:
         }
         return replace(self, **moved)
 
+    def padded(self, rows: int, time: int) -> Batch:
+        """The same batch with zeros behind each sequence, and below them all, up to ``rows`` sequences of ``time``.
+
+        What a model that sees no future predicts at the places that were there before is not changed by these.
+        """
+        missing = (0, time - self.tokens_BT.shape[1], 0, rows - len(self.tokens_BT))
+        filled = {
+            name: torch.nn.functional.pad(value, missing)
+            for name, value in vars(self).items()
+            if isinstance(value, torch.Tensor)
+        }
+        return replace(self, **filled)  # type: ignore[arg-type]
+
 
 @dataclass(frozen=True)
 class Shuffled:

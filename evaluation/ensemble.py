@@ -95,7 +95,7 @@ def evaluate_ensemble(
     Memory: hidden states of one batch of each member and a few chunks of logits, however many members there are.
     Every process computes all of it.
     """
-    text, tallies = corpus.split(split), [Tally() for _ in members]
+    text, tallies = corpus.split(split), [Tally(hardware.device) for _ in members]
     weights_VD = [member.model.output_weight.to(hardware.dtype) for member in members]
     with tqdm(desc=f"ensemble, {split}", unit="token", unit_scale=True, disable=None, leave=False) as bar:
         for hidden, target_N in in_step([read(member, text, max_tokens, hardware) for member in members]):
@@ -121,8 +121,8 @@ def evaluate_ensemble(
 class Tally:
     """What is added up over all tokens for the mean of the first few members."""
 
-    def __init__(self) -> None:
-        self.sums = Sums()
+    def __init__(self, device: torch.device) -> None:
+        self.sums = Sums(device)
         self.totals = {"member": 0.0, "expected_entropy": 0.0, "mutual_information": 0.0}
 
     def add(self, mixture: Mixture) -> None:
@@ -148,7 +148,7 @@ def read(member: Member, split: Split, max_tokens: int | None, hardware: Hardwar
     batches = EvaluationBatches(split, *sizes)
     for index in range(len(batches)):
         batch = batches.batch(index).to(hardware.device)
-        yield hidden_states(member.model, batch, hardware), batch.targets_BT.flatten()
+        yield hidden_states(member.model, batch, hardware).flatten(0, 1), batch.targets_BT.flatten()
 
 
 def in_step(streams: list[Iterator[tuple[Tensor, Tensor]]]) -> Iterator[tuple[list[Tensor], Tensor]]:

@@ -1,12 +1,12 @@
 """Metrics of a model on a whole split: each target counts once and alike, whatever the training objective was.
 
-Sums are kept in float64 and reduced over the processes once, before anything is divided.
+Sums are kept in float64, on the device until the end, and reduced over the processes once, before anything is divided.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -41,9 +41,10 @@ class Calibration:
 class Sums:
     """What the metrics of a split are made of, added up chunk by chunk of R tokens."""
 
-    def __init__(self) -> None:
-        self.totals = torch.zeros(6, dtype=torch.float64)  # tokens, loss, correct, brier, entropy, log_z
-        self.bins = torch.zeros(3, BINS, dtype=torch.float64)  # tokens, confidence, correct
+    def __init__(self, device: torch.device) -> None:
+        home = "cpu" if device.type == "mps" else device  # where there is float64
+        self.totals = torch.zeros(6, dtype=torch.float64, device=home)  # tokens, loss, correct, brier, entropy, log_z
+        self.bins = torch.zeros(3, BINS, dtype=torch.float64, device=home)  # tokens, confidence, correct
 
     def add_logits(self, logits_RV: Tensor, target_R: Tensor) -> None:
         """Add the tokens that a model predicts with these logits, which are overwritten."""
@@ -60,15 +61,17 @@ class Sums:
         # Brier score over all classes: Σ p² − 2 p_y + 1
         brier_R = p_RV.square().sum(-1) - 2 * (-loss_R).exp() + 1
         ones_R = torch.ones_like(correct_R)
-        columns = torch.stack((ones_R, loss_R, correct_R, brier_R, entropy_R, log_z_R)).cpu().double()
-        self.totals += columns.sum(1)
+        columns_6R = (
+            torch.stack((ones_R, loss_R, correct_R, brier_R, entropy_R, log_z_R)).to(self.totals.device).double()
+        )
+        self.totals += columns_6R.sum(1)
         bin_R = (confidence_R * BINS).ceil().long().clamp(1, BINS) - 1
-        for row, column_R in zip(self.bins, (ones_R, confidence_R, correct_R), strict=True):
-            row.index_add_(0, bin_R.cpu(), column_R.cpu().double())
+        binned_3R = torch.stack((ones_R, confidence_R, correct_R)).to(self.bins.device).double()
+        self.bins.index_add_(1, bin_R.to(self.bins.device), binned_3R)
 
     def metrics(self, hardware: Hardware, bytes_per_token: float) -> tuple[dict[str, float], Calibration]:
         """What ``evaluate`` returns, of the tokens that all processes added."""
-        # The widest type that the device can add.
+        # The widest type in which the device can add.
         widest = torch.float32 if hardware.device.type == "mps" else torch.float64
         shared = (total(part.to(hardware.device, widest), hardware) for part in (self.totals, self.bins))
         totals, bins = (part.double().cpu() for part in shared)
@@ -90,40 +93,46 @@ class Sums:
 
 @torch.no_grad()
 def evaluate(
-    model: GPT, batches: EvaluationBatches, hardware: Hardware, bytes_per_token: float, title: str = "evaluating"
+    model: GPT,
+    batches: EvaluationBatches,
+    hardware: Hardware,
+    bytes_per_token: float,
+    title: str = "evaluating",
+    forward: Callable[..., Tensor] | None = None,
 ) -> tuple[dict[str, float], Calibration]:
     """Metrics of the whole of ``batches``, shared over the processes, and the calibration behind ``ece``.
 
     Returns ``loss`` (nats per token), ``perplexity``, ``bits_per_byte``, ``accuracy``, ``ece``, ``brier``,
     ``entropy``, ``log_z`` (mean log-partition). The model is put back into the mode it was in. On a terminal the main
-    process shows a progress bar called ``title``. Each process makes as many forward passes as any other, for with
-    sharded weights all take part in each: one that has a batch less reads the last one again and counts nothing of it.
+    process shows a progress bar called ``title``. ``forward`` is the model, compiled; None: as it is.
+
+    Each process makes as many forward passes as any other, for with sharded weights all take part in each: one that has
+    a batch less reads the last one again and counts nothing of it.
     """
-    training, sums = model.training, Sums()
+    training, sums = model.training, Sums(hardware.device)
     model.eval()
     rounds = range(0, len(batches), hardware.world)
     for start in tqdm(rounds, title, unit="batch", leave=False, disable=None if hardware.main else True):
         index = start + hardware.rank
         batch = batches.batch(min(index, len(batches) - 1)).to(hardware.device)
-        hidden_ND = hidden_states(model, batch, hardware)
+        # What is compiled is so for one shape: shorter batches are filled up.
+        full = batch.padded(batches.batch_size, batches.context_length) if hardware.compile else batch
+        hidden_BTD = hidden_states(model if forward is None else forward, full, hardware)
         weight_VD = model.output_weight.to(hardware.dtype)  # after the pass, in which sharded weights are gathered
         if index < len(batches):
+            rows, time = batch.targets_BT.shape
+            hidden_ND = hidden_BTD[:rows, :time].flatten(0, 1)
             for hidden_RD, target_R in in_chunks(hidden_ND, batch.targets_BT.flatten(), len(weight_VD)):
                 sums.add_logits((hidden_RD @ weight_VD.T).float(), target_R)
     model.train(training)
     return sums.metrics(hardware, bytes_per_token)
 
 
-def plain_loss(model: GPT, batches: EvaluationBatches, hardware: Hardware) -> float:
-    """Cross-entropy alone, in evaluation mode, in nats per token: for the gap to the training split."""
-    return evaluate(model, batches, hardware, 1.0)[0]["loss"]
-
-
-def hidden_states(model: GPT, batch: Batch, hardware: Hardware) -> Tensor:
-    """What the output matrix is multiplied with, for all N tokens of a batch: (N, D), in the type of the products."""
+def hidden_states(forward: Callable[..., Tensor], batch: Batch, hardware: Hardware) -> Tensor:
+    """What the output matrix is multiplied with, (B, T, D), in the type of the products; ``forward`` is a model."""
     with hardware.autocast():
-        hidden_BTD: Tensor = model(batch.tokens_BT, batch.positions_BT, batch.documents_BT)
-    return hidden_BTD.flatten(0, 1).to(hardware.dtype)
+        hidden_BTD = forward(batch.tokens_BT, batch.positions_BT, batch.documents_BT)
+    return hidden_BTD.to(hardware.dtype)
 
 
 def in_chunks(hidden_ND: Tensor, targets_N: Tensor, vocab_size: int) -> Iterator[tuple[Tensor, Tensor]]:

@@ -12,7 +12,7 @@ from config import Config
 from data.loader import EvaluationBatches
 from data.shards import Corpus, Split
 from evaluation.diagnosis import diagnose
-from evaluation.evaluate import Calibration, evaluate, plain_loss
+from evaluation.evaluate import Calibration, evaluate
 from files import write_text
 from model.generate import sample_text
 from program import warn
@@ -48,25 +48,31 @@ class Judge:
     def _batches(self, split: Split, max_tokens: int | None = None) -> EvaluationBatches:
         config = self.config
         return EvaluationBatches(
-            split, config.model.context_length, config.training.micro_size, max_tokens, config.data.isolate_documents
+            split, config.model.context_length, config.evaluation_batch_size, max_tokens, config.data.isolate_documents
         )
 
     def __call__(self, learner: Learner, step: int) -> Judgement:
         """Evaluate the weights after ``step`` steps, and their average when there is one."""
         inject_fault("evaluate", step)
-        model, hardware = learner.model, learner.hardware
-        scores, calibration = evaluate(model, self.val_batches, hardware, self.bytes_per_token)
+        model = learner.model
+        scores, calibration = self._evaluate(learner, self.val_batches)
         record: dict[str, Any] = {f"val/{name}": value for name, value in scores.items()}
-        record["gap/loss"] = scores["loss"] - plain_loss(model, self.gap_batches, hardware)
+        record["gap/loss"] = scores["loss"] - self._evaluate(learner, self.gap_batches)[0]["loss"]
         if learner.average.count(step):
             with learner.averaged():
-                scores, calibration = evaluate(model, self.val_batches, hardware, self.bytes_per_token)
+                scores, calibration = self._evaluate(learner, self.val_batches)
             record |= {f"val_average/{name}": value for name, value in scores.items()}
         if self.config.evaluation.sample_tokens:  # on every process: with sharded weights all take part in a pass
             tokens, seed = self.config.evaluation.sample_tokens, self.config.run.seed
             record["sample"] = sample_text(model, self.tokenizer, "", self.corpus.end_of_text, tokens, seed)
         self.calibration = calibration
         return Judgement(record, scores)
+
+    def _evaluate(
+        self, learner: Learner, batches: EvaluationBatches, bytes_per_token: float | None = None
+    ) -> tuple[dict[str, float], Calibration]:
+        bytes_per_token = bytes_per_token or self.bytes_per_token
+        return evaluate(learner.model, batches, learner.hardware, bytes_per_token, forward=learner.forward)
 
     def test(self, learner: Learner, checkpoint: Path | None) -> dict[str, float]:
         """The scores of a verified checkpoint's best weights on the test split; empty where there is none of either."""
@@ -75,8 +81,7 @@ class Judge:
         best = "average" if has_average(checkpoint) else "model"
         learner.load_weights(each_tensor(checkpoint, best), checkpoint)
         split = self.corpus.split("test")
-        bytes_per_token = self.corpus.bytes_per_token(split)
-        return evaluate(learner.model, self._batches(split), learner.hardware, bytes_per_token)[0]
+        return self._evaluate(learner, self._batches(split), self.corpus.bytes_per_token(split))[0]
 
     def draw(self, run: Run, only_if_due: bool = False) -> None:
         """The curves, the reliability diagram and the samples of the run, all made anew, if the disk has room.

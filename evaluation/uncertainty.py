@@ -109,7 +109,7 @@ def mc_dropout(
             hidden_SND = []
             for sample in range(samples):
                 seed_activations(own_seed, sample, int(batch.sample_ids_B[0]))
-                hidden_SND.append(hidden_states(model, batch, hardware))
+                hidden_SND.append(hidden_states(model, batch, hardware).flatten(0, 1))
                 bar.update(batch.targets_BT.numel())
             parts += measure(torch.stack(hidden_SND), model.output_weight, batch.targets_BT.flatten())
     nll_N, std_N, predictive_N, expected_N = torch.cat(parts, dim=1).numpy()

@@ -17,6 +17,7 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from config import Model, Regularizers
 from randomness import torch_generator
@@ -161,13 +162,30 @@ class Block(nn.Module):
         self.mlp = MLP(config, rates.mlp_dropout)
         self.residual_dropout = Dropout(rates.residual_dropout)
         self.stochastic_depth = StochasticDepth(depth_rate(rates.stochastic_depth, layer, config.n_layers))
+        self.recomputed = config.checkpoint_activations
 
     def forward(self, x_BTD: Tensor, rotation: Rotation | None, mask: Tensor | None, cache: Cache | None) -> Tensor:
-        x_BTD = x_BTD + self.stochastic_depth(
-            self.residual_dropout(self.attention(self.attention_norm(x_BTD), rotation, mask, cache))
-        )
+        recomputed = self.recomputed if torch.is_grad_enabled() else "none"
+        if recomputed == "block":
+            # With the random numbers of the first time, which are put back for it.
+            whole_BTD: Tensor = checkpoint(self.branches, x_BTD, rotation, mask, cache, use_reentrant=False)
+            return whole_BTD
+        return self.branches(x_BTD, rotation, mask, cache, recomputed == "attention")
+
+    def branches(
+        self, x_BTD: Tensor, rotation: Rotation | None, mask: Tensor | None, cache: Cache | None, again: bool = False
+    ) -> Tensor:
+        """What ``forward`` returns; ``again``: the attention branch is computed again on the way back."""
+        inputs = x_BTD, rotation, mask, cache
+        x_BTD = x_BTD + (checkpoint(self.attended, *inputs, use_reentrant=False) if again else self.attended(*inputs))
         x_BTD = x_BTD + self.stochastic_depth(self.residual_dropout(self.mlp(self.mlp_norm(x_BTD))))
         return x_BTD
+
+    def attended(self, x_BTD: Tensor, rotation: Rotation | None, mask: Tensor | None, cache: Cache | None) -> Tensor:
+        """What attention adds."""
+        added_BTD: Tensor = self.attention(self.attention_norm(x_BTD), rotation, mask, cache)
+        out_BTD: Tensor = self.stochastic_depth(self.residual_dropout(added_BTD))
+        return out_BTD
 
 
 class GPT(nn.Module):

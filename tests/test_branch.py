@@ -172,6 +172,16 @@ def test_a_damaged_checkpoint_is_not_branched_from(stable: Path, train: Train, t
     assert ended.returncode == 0 and "step_00000012, after step 12" in ended.stdout
 
 
+def test_what_is_computed_twice_changes_neither_a_branch_nor_a_bit_of_it(
+    stable: Path, train: Train, tiny: Flags, tmp_path: Path
+) -> None:
+    for kind in ("none", "attention", "block"):
+        knobs = COMMON | {"training__max_steps": 14, "run__branch_from": stable / "checkpoints/step_00000012"}
+        assert train(tiny(**knobs, run__name=kind, model__checkpoint_activations=kind)).returncode == 0
+    none, *others = (digests(tmp_path / "runs" / kind, 14) for kind in ("none", "attention", "block"))
+    assert none and others == [none, none]
+
+
 def test_the_name_made_of_the_config_tells_branches_apart() -> None:
     names = {default_name(parse([f"--run.branch_from={word}"])) for word in ("null", "runs/a", "runs/b")}
     assert len(names) == 3

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from command_line import parse
+from config import Config
 from data.loader import EvaluationBatches
 from data.prepare import prepare
 from data.shards import Corpus
@@ -20,6 +21,7 @@ from evaluation.evaluate import Sums, evaluate
 from evaluation.judge import Judge
 from hardware import Hardware
 from model.gpt import GPT
+from tracking.console import evaluation_line
 from training.learner import Learner
 
 ALONE = Hardware(0, 1, torch.device("cpu"), "fp32", False, 1)
@@ -88,7 +90,7 @@ def test_calibration_and_brier_by_hand() -> None:
     from evaluation.evaluate import Calibration
 
     p = torch.tensor([[0.9, 0.1], [0.1, 0.9], [0.6, 0.4], [0.6, 0.4]])
-    sums = Sums()
+    sums = Sums(ALONE.device)
     sums.add_logits(p.log(), torch.tensor([0, 1, 0, 1]))
     count, _, correct, brier, _, log_z = sums.totals.tolist()
     assert (count, correct) == (4, 3) and log_z == pytest.approx(0, abs=1e-6)
@@ -151,6 +153,25 @@ def test_every_process_makes_as_many_passes_and_each_token_counts_once(
         torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=0)
 
 
+@pytest.mark.parametrize("isolated", [False, True])
+def test_a_model_is_compiled_once_for_all_batches(isolated: bool, model: GPT, corpus: Corpus) -> None:
+    """62 windows and a rest of 7 tokens, ten at a time; what fills the last batches up is not counted."""
+    batches = EvaluationBatches(corpus.split("val"), 16, 10, isolate_documents=isolated)
+    expected, calibration = evaluate(model, batches, ALONE, 1.0)
+    graphs = []
+
+    def count(graph: torch.fx.GraphModule, _: list[Tensor]) -> Callable[..., object]:
+        graphs.append(graph)
+        return graph.forward
+
+    torch.compiler.reset()
+    compiled = torch.compile(model, dynamic=False, backend=count)
+    hardware = Hardware(0, 1, ALONE.device, "fp32", True, 1)
+    found, same = evaluate(model, batches, hardware, 1.0, forward=compiled)
+    assert len(graphs) == 1
+    assert same.tokens == calibration.tokens and found == pytest.approx(expected, rel=1e-6)
+
+
 def test_the_output_matrix_is_read_after_the_pass(model: GPT, corpus: Corpus) -> None:
     """Sharded weights are gathered for the pass; here the matrix is another one until then."""
     batches = EvaluationBatches(corpus.split("val"), 16, 4, 200)
@@ -161,6 +182,30 @@ def test_the_output_matrix_is_read_after_the_pass(model: GPT, corpus: Corpus) ->
     found, _ = evaluate(model, batches, ALONE, 1.0)
     hook.remove()
     assert found == expected
+
+
+def test_a_run_evaluates_with_the_compiled_model_and_a_batch_size_of_its_own(
+    tiny: Callable[..., list[str]], tmp_path: Path
+) -> None:
+    """1,001 val tokens in windows of 32 are 31 and a rest: of 16 at a time three batches, of 5 eight."""
+    for size, passes in ((None, 3), (5, 8)):
+        config = parse(tiny(evaluation__batch_size=size or "null", evaluation__sample_tokens=0))
+        corpus = Corpus.open(prepare(config.data, tmp_path / "corpora", quiet=True))
+        model = GPT(config.model, corpus.vocab_size).initialize(0)
+        learner = Learner(model, config, ALONE, 24, 1.0)
+        seen: list[bool] = []
+        learner.forward = lambda *inputs, model=model, seen=seen: seen.append(model.training) or model(*inputs)
+        Judge(corpus, corpus.split("train"), config)(learner, 1)
+        assert seen == [False] * 2 * passes  # val, and for the gap the training text
+
+
+def test_the_run_says_what_it_will_evaluate() -> None:
+    line = evaluation_line(Config(), 500, 500_000_000)
+    assert line.endswith(
+        "the first 2,000,000 of 500,000,000 val tokens and as many of training, every 500 steps and at the end"
+    )
+    line = evaluation_line(parse(["--evaluation.max_tokens=null"]), "epoch", 4096)
+    assert line.endswith("all 4,096 val tokens and as many of training, each epoch and at the end")
 
 
 def test_every_process_writes_a_sample(

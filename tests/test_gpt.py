@@ -12,6 +12,7 @@ from torch import Tensor
 
 from config import Model, Regularizers
 from model.gpt import GPT, attend, gelu, rotate, rotation_table
+from randomness import seed_activations
 from regularizers.activations import Dropout
 
 FAMILIES = get_args(Model.model_fields["family"].annotation)
@@ -243,6 +244,35 @@ def test_evaluation_ignores_every_rate(family: str) -> None:
 
 
 # ---------------------------------------------------------------------------------------------- rotary positions
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("isolated", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_is_computed_again_has_the_same_masks_and_gradients(
+    family: str, isolated: bool, dtype: torch.dtype
+) -> None:
+    """Bit for bit, over two micro-batches with every dropout on; and less is kept for the way back."""
+    names = ("embedding_dropout", "attention_dropout", "residual_dropout", "mlp_dropout", "stochastic_depth")
+    tokens, documents = random_tokens(4), torch.arange(4)[:, None] + torch.arange(16) // 9
+    gradients, kept = {}, {}
+    for kind in ("none", "attention", "block"):
+        model = random_model(shape(family, checkpoint_activations=kind), Regularizers(**dict.fromkeys(names, 0.2)))
+        saved: list[int] = []
+        keep = torch.autograd.graph.saved_tensors_hooks(
+            lambda values, saved=saved: saved.append(values.nbytes) or values, lambda values: values
+        )
+        for micro_batch in range(2):
+            seed_activations(0, 0, micro_batch)
+            with keep, torch.autocast("cpu", dtype, enabled=dtype == torch.bfloat16):
+                hidden = model.train()(tokens, documents_BT=documents if isolated else None)
+            (hidden.float() * torch.linspace(-1, 1, hidden.shape[-1])).square().sum().backward()
+        gradients[kind] = [parameter.grad for parameter in model.parameters()]
+        kept[kind] = sum(saved)
+    for kind in ("attention", "block"):
+        pairs = zip(gradients["none"], gradients[kind], strict=True)
+        assert all(one is other or (one is not None and torch.equal(one, other)) for one, other in pairs), kind
+    assert kept["none"] > 1.3 * kept["attention"] > 1.3 * kept["block"]
 
 
 def test_gelu_is_gpt2s_to_the_rounding_of_bf16() -> None:

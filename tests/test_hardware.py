@@ -11,7 +11,16 @@ import torch
 from conftest import ROOT
 
 from config import BadInput, Config
-from hardware import Hardware, estimated_seconds, missing_for_compile, resolve_compile, worth_compiling
+from hardware import (
+    Hardware,
+    device_metrics,
+    estimated_seconds,
+    missing_for_compile,
+    operations_per_token,
+    peak_operations,
+    resolve_compile,
+    worth_compiling,
+)
 
 TWO_CORES = Hardware(0, 1, torch.device("cpu"), "fp32", False, 2)
 SIZE = {"n_layers": 4, "d_model": 128, "n_heads": 4, "context_length": 64}
@@ -29,6 +38,38 @@ def test_the_estimate_of_a_run_is_that_worked_by_hand() -> None:
     # Two processes of two threads, one of two micro-batches each: 9.97 ms, and 4 for the layers.
     halves = small().model_copy(update={"training": small().training.model_copy(update={"micro_batch_size": 6})})
     assert estimated_seconds(replace(TWO_CORES, world=2), halves, 800_000, 1000) == pytest.approx(13.97, abs=0.01)
+
+
+@pytest.mark.parametrize(("name", "tera"), [
+    ("NVIDIA H100 80GB HBM3", 989),
+    ("NVIDIA H100 PCIe", 756),
+    ("NVIDIA A100-SXM4-80GB", 312),
+    ("NVIDIA A10", 125),
+    ("Tesla V100-SXM2-16GB", 125),
+    ("Tesla T4", 65),
+    ("NVIDIA L4", 121),
+    ("NVIDIA GeForce RTX 4090", 165),
+    ("NVIDIA L40S", None),
+    ("NVIDIA A10G", None),
+    ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
+    ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", None),
+    ("cpu", None),
+])  # fmt: skip
+def test_the_peak_of_a_device(name: str, tera: float | None) -> None:
+    assert peak_operations(name) == (None if tera is None else tera * 1e12)
+
+
+def test_what_is_logged_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """GPT-2 124M needs 6 x 124e6 + 12 x 12 x 768 x 1024 = 0.857e9 operations a token: a million of them 43% of two."""
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "NVIDIA H100 80GB HBM3")
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda _: 40 * 10**9)
+    operations = operations_per_token(124_000_000, 12, 768, 1024)
+    on_two = replace(TWO_CORES, device=torch.device("cuda"), world=2)
+    found = device_metrics(on_two, 1e6, operations)
+    assert found == {"train/memory_gb": 40.0, "train/mfu": pytest.approx(0.4334, abs=1e-4)}
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "of next year")
+    assert device_metrics(on_two, 1e6, operations) == {"train/memory_gb": 40.0}
+    assert device_metrics(TWO_CORES, 1e6, operations) == {}
 
 
 @pytest.mark.parametrize(("wanted", "steps", "stored", "expected"), [

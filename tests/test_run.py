@@ -16,12 +16,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from conftest import ROOT, WITH_PARAMETERS, made_up_text
 
+from command_line import parse
+from hardware import Hardware
 from program import exit_code
 from tracking.metrics import read_metrics
 from train import main
 from training.checkpoint import existing, read_state
+from training.failures import out_of_memory
 
 Train = Callable[..., subprocess.CompletedProcess[str]]
 Flags = Callable[..., list[str]]
@@ -67,6 +71,7 @@ def test_what_a_run_leaves(train: Train, tiny: Flags, tmp_path: Path) -> None:
     assert summary["tokens"] == 24 * 8 * 32
     for key in ("best/val/loss", "final/val/loss", "test/loss", "tokens_per_second", "hardware", "versions"):
         assert key in summary
+    assert 1e8 < summary["peak_memory_bytes"] < 1e10  # torch alone takes some 300 MB
     records = read_metrics(run)
     assert [record["step"] for record in records] == [1, 4, 8, 12, 16, 20, 24]
     assert all({"step", "tokens", "epoch"} <= record.keys() for record in records)
@@ -130,6 +135,25 @@ def test_watching_changes_no_weight(reference: Path, train: Train, tiny: Flags, 
     changes = {"evaluation__every": 5, "tracking__log_every": 1, "checkpoint__every": 7, "checkpoint__keep": 5}
     assert train(tiny(**DROPOUT, **changes)).returncode == 0
     assert weights(tmp_path / "runs/tiny", 24) == weights(reference, 24)
+
+
+@pytest.mark.parametrize(("steps", "traced"), [(3, [5, 6, 7]), (100, [*range(5, 25)])])
+def test_a_profile_changes_no_weight_and_holds_its_steps(
+    steps: int, traced: list[int], reference: Path, train: Train, tiny: Flags, tmp_path: Path
+) -> None:
+    """The run has 24 steps; of more there are the ones up to its end, and what comes after it, which is no step.
+
+    Steps of the trace are numbered from 0.
+    """
+    ended = train(tiny(**DROPOUT, run__profile=steps))
+    assert ended.returncode == 0 and "profile.json; open it at https://ui.perfetto.dev" in ended.stdout
+    assert weights(tmp_path / "runs/tiny", 24) == weights(reference, 24)
+    events = json.loads((tmp_path / "runs/tiny/profile.json").read_text())["traceEvents"]
+    names = {event.get("name") for event in events}
+    assert "aten::scaled_dot_product_attention" in names or "aten::baddbmm" in names
+    found = {name for name in names if str(name).startswith("ProfilerStep#")}
+    assert found - {"ProfilerStep#24"} == {f"ProfilerStep#{step - 1}" for step in traced}
+    assert train(tiny(**DROPOUT)).returncode == 0, "a run is found again without its profile"
 
 
 @pytest.mark.fault(29)
@@ -308,6 +332,35 @@ def test_a_gradient_that_is_not_finite_changes_nothing(train: Train, tiny: Flags
     ended = train(tiny(optimizer__lr=1e30, training__max_nonfinite=3, schedule__name="constant"))
     assert ended.returncode == 4 and "3 times in a row" in ended.stderr
     assert json.loads((tmp_path / "runs/tiny/summary.json").read_text())["status"] == "failed"
+
+
+@pytest.mark.parametrize(
+    ("place", "knobs", "way"),
+    [
+        ("training.step.differentiate", {}, "use --training.micro_batch_size=4, or --model.checkpoint_activations=b"),
+        ("training.step.differentiate", {"training__micro_batch_size": 1}, "use a smaller model.context_length or"),
+        ("evaluation.evaluate.hidden_states", {}, "16 sequences at once do not fit"),
+        ("evaluation.evaluate.hidden_states", {"evaluation__batch_size": 6}, "use --evaluation.batch_size=3"),
+    ],
+)
+def test_a_lack_of_memory_names_the_knob_and_the_next_size(
+    place: str, knobs: dict[str, int], way: str, train: Train, tiny: Flags, tmp_path: Path, monkeypatch: Any
+) -> None:
+    monkeypatch.setattr(place, lambda *_: torch.empty(2**60, dtype=torch.uint8))
+    ended = train(tiny(**knobs))
+    assert ended.returncode == 4 and "Traceback" not in ended.stderr
+    assert "do not fit into the memory of cpu" in ended.stderr and way in ended.stderr
+    assert way in json.loads((tmp_path / "runs/tiny/summary.json").read_text())["error"]
+
+
+def test_the_next_size_is_one_that_the_processes_can_share() -> None:
+    """Of 12 sequences two processes take 6, 3, 2 or 1 each at once, and mixup needs a pair."""
+    problem = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+    on_two = Hardware(0, 2, torch.device("cuda"), "bf16", True, 1)
+    for size, knobs, expected in ((6, [], "micro_batch_size=3"), (2, ["--regularizers.mixup_alpha=1"], "a smaller")):
+        config = parse(["--training.global_batch_size=12", f"--training.micro_batch_size={size}", *knobs])
+        assert expected in str(out_of_memory(problem, config, on_two))
+    assert out_of_memory(RuntimeError("another"), config, on_two) is None
 
 
 def test_a_mistake_leaves_the_name_free(train: Train, tiny: Flags, tmp_path: Path) -> None:

@@ -294,8 +294,8 @@ def test_another_part_of_the_text_is_refused(runs: Callable[..., Study], capsys:
     runs({"plain": PLAIN, "decay": BETTER})
     for path in Path("runs/made-up").glob("decay-*/config.yaml"):
         text = path.read_text()
-        assert "max_tokens: null" in text
-        path.write_text(text.replace("max_tokens: null", "max_tokens: 64"))
+        assert "max_tokens: 2000000" in text
+        path.write_text(text.replace("max_tokens: 2000000", "max_tokens: 64"))
     code, _, errors = ask(capsys, DECAY, BASE)
     assert code == 2 and "differ in evaluation.max_tokens: 64 in runs/made-up/decay-seed1" in errors
     assert ask(capsys, DECAY, BASE, "--metric", "train/loss")[0] != 2

@@ -10,7 +10,7 @@ from typing import Any
 from config import BadInput, Config
 from data.shards import Corpus
 from tracking.load_run import locate, run_of
-from tracking.run_directory import is_free, path_of, read_config, read_summary
+from tracking.run_directory import HARDWARE, is_free, path_of, read_config, read_summary
 from training.checkpoint import NAME, directory_for, newest, step_of
 
 # What a sample of a run is, where it comes, and what the tensors mean: a branch cannot change these. The other knobs of
@@ -84,7 +84,7 @@ def open_branch(checkpoint: Path, config: Config, corpus: Corpus, total_steps: i
     lines = [
         f"  {key} is {as_word(new)}, and was {as_word(old)} there; use --{key}={as_word(old)}"
         for key, (old, new) in changes.items()
-        if any(key == same or (same.endswith(".") and key.startswith(same)) for same in SAME)
+        if key not in HARDWARE and any(key == same or (same.endswith(".") and key.startswith(same)) for same in SAME)
     ]
     if summary.get("corpus") != corpus.fingerprint:
         lines.append(f"  the corpus is {corpus.fingerprint}, and was {summary.get('corpus')} there; give its text")

@@ -60,8 +60,18 @@ def tell_start(
     print(f"model      {config.model.family}, {parameters:,} parameters")
     print(f"hardware   {', '.join(f'{key} {value}' for key, value in hardware.items())}")
     if hardware["compile"]:
-        print("compile    the first step takes half a minute, and some seconds when the run is started again")
+        print(
+            "compile    the first step and the first evaluation take half a minute, and some seconds at a later start"
+        )
     sys.stdout.flush()
+
+
+def evaluation_line(config: Config, every: str | int, val_tokens: int) -> str:
+    """What will be evaluated, and how often (``every``: steps, or epoch), of ``val_tokens`` that there are."""
+    tokens = min(config.evaluation.max_tokens or val_tokens, val_tokens)
+    often = "each epoch" if every == "epoch" else f"every {every:,} steps"
+    share = "all" if tokens == val_tokens else f"the first {tokens:,} of"
+    return f"evaluation {share} {val_tokens:,} val tokens and as many of training, {often} and at the end"
 
 
 def tell_results(

@@ -6,6 +6,7 @@ import os
 import shutil
 from collections import deque
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -15,15 +16,16 @@ import files
 from command_line import dump
 from config import BadInput, Config, Failure
 from data.shards import Corpus
-from hardware import Hardware
+from hardware import Hardware, device_metrics, operations_per_token, peak_memory
 from model.gpt import AUXILIARY
 from program import FINISHED, PREEMPTED, warn
 from regularizers.averaging import WeightAverage
 from tracking import run_directory
 from tracking.branch import Branch, checkpoint_to_branch_from, open_branch
-from tracking.console import Console, tell_results, tell_start
+from tracking.console import Console, evaluation_line, tell_results, tell_start
 from tracking.load_run import initial_weights
 from tracking.metrics import Metrics, read_metrics, results_of
+from tracking.profile import profiled
 from tracking.teachers import check_unchanged, load_teachers
 from tracking.weights_and_biases import Mirror, start_wandb
 from training import checkpoint
@@ -178,7 +180,8 @@ class Run:
         if not (self.path / "tokenizer.json").exists():  # kept, so that a run can be moved or exported alone
             with files.replacing(self.path / "tokenizer.json") as temporary:
                 shutil.copyfile(corpus.directory / "tokenizer.json", temporary)
-        parameters = learner.model.count_parameters()
+        parameters, model = learner.model.count_parameters(), self.config.model
+        self.operations = operations_per_token(parameters, model.n_layers, model.d_model, model.context_length)
         self.update_summary(
             status="running",
             error=None,
@@ -197,6 +200,7 @@ class Run:
         text = f"{corpus.directory}, {training_tokens:,} training tokens"
         length = f"{plan.total_steps:,} steps, {plan.epoch_at(plan.total_steps):,.2f} epochs"
         tell_start(self.path, progress.step, text, length, self.config, parameters, hardware)
+        print(evaluation_line(self.config, plan.evaluation_every, corpus.split("val").n_tokens))
         lines = describe_groups(learner.optimizers, self.config.regularizers, plan.steps_per_epoch)
         lines += [f"teacher    {one.described['checkpoint']}, {one.share:.0%} of the mean" for one in learner.teachers]
         print("\n".join([*lines, *(self.branch.lines() if self.branch else [])]), flush=True)
@@ -207,6 +211,10 @@ class Run:
     def update_summary(self, **values: Any) -> dict[str, Any]:
         """Write ``values`` into summary.json; returns the whole of it."""
         return run_directory.update_summary(self.path, **values)
+
+    def profiled(self) -> AbstractContextManager[Callable[[], None]]:
+        """A block whose run.profile steps the main process traces; it gives what is to be called after each step."""
+        return profiled(self.config.run.profile if self.hardware.main else 0, self.path / "profile.json")
 
     def log(self, progress: Progress, result: StepResult, plan: Plan, judgement: Judgement | None) -> None:
         """Record a step: each tracking.log_every-th, the first, the last, each spike, and each that was evaluated."""
@@ -223,7 +231,8 @@ class Run:
             record |= {"train/spikes": progress.spikes} if progress.spikes else {}
             record["train/grad_norm"] = result.gradient_norm
             record["train/lr"] = result.learning_rate
-            record["train/tokens_per_second"] = self.steps_timed * self.config.tokens_per_step / self.seconds
+            speed = record["train/tokens_per_second"] = self.steps_timed * self.config.tokens_per_step / self.seconds
+            record |= device_metrics(self.hardware, speed, self.operations)
             self.seconds, self.steps_timed = 0.0, 0
         if judgement is not None:
             record |= judgement.record
@@ -303,6 +312,7 @@ class Run:
                 tokens=progress.tokens,
                 samples=f"{progress.samples:016x}",
                 stopped_early=progress.stopped_early,
+                peak_memory_bytes=peak_memory(self.hardware.device),
                 diagnosis=diagnosis.verdict,
                 sparsity=small,
                 held_bytes=learner.held_bytes(),

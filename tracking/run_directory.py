@@ -23,9 +23,10 @@ from training.checkpoint import existing
 # Knobs that say where a run lives, how it is watched and what is kept of it. They are left out of the default
 # name and may change on resume; every other change is another run.
 LIMITS = tuple(f"training.{name}" for name in ("hang_timeout", "max_nonfinite", "max_failed_saves", "max_attempts"))
-FREE = ("run.name", "run.dir", "run.resume", "run.shard", *LIMITS, "tracking.", "checkpoint.")
-# Knobs whose resolved value is stored with the run; a change on resume is taken, with a warning that bits may differ.
-HARDWARE = ("run.device", "run.precision", "run.compile", "run.threads")
+FREE = ("run.name", "run.dir", "run.resume", "run.profile", "run.shard", *LIMITS, "tracking.", "checkpoint.")
+# Knobs that say how it is computed, not what; a change on resume is taken, with a warning that bits may differ.
+COMPUTED = ("evaluation.batch_size", "model.checkpoint_activations")
+HARDWARE = ("run.device", "run.precision", "run.compile", "run.threads", *COMPUTED)
 
 
 def is_free(key: str) -> bool:

@@ -1,14 +1,16 @@
-"""Which process is to blame when the processes of a run cannot go on together."""
+"""What a run cannot go on with: which process is to blame, weights that are wrong, memory that does not suffice."""
 
 from __future__ import annotations
 
+import traceback
 from datetime import timedelta
+from textwrap import shorten
 from threading import Thread
 
 import torch
 import torch.distributed as dist
 
-from config import Failure
+from config import Config, Failure
 from hardware import Hardware
 from training.layout import Layout
 from training.processes import gathered
@@ -84,3 +86,22 @@ def _roll_call(hardware: Hardware, words: str, told: str, blamed: list[str]) -> 
     except dist.DistError:  # the store is gone
         return
     blamed[:] = found
+
+
+def out_of_memory(problem: Exception, config: Config, hardware: Hardware) -> Failure | None:
+    """A lack of memory, as a Failure that names the knob and its next smaller value; None for another problem."""
+    words = " ".join(str(problem).split())
+    if not isinstance(problem, (torch.OutOfMemoryError, MemoryError)) and "can't allocate memory" not in words:
+        return None
+    if any(frame.name == "evaluate" for frame in traceback.extract_tb(problem.__traceback__)):
+        knob, size = "evaluation.batch_size", config.evaluation_batch_size
+        smaller = [size // 2] if size > 1 else []
+    else:
+        knob, size = "training.micro_batch_size", config.training.micro_size
+        least = 2 if config.regularizers.mixup_alpha else 1
+        smaller = [each for each in config.training.micro_sizes(hardware.world) if least <= each < size]
+    ways = [f"--{knob}={smaller[-1]}"] if smaller else ["a smaller model.context_length or model"]
+    if knob.startswith("training") and config.model.checkpoint_activations != "block":
+        ways.append("--model.checkpoint_activations=block")
+    told = f"{size} sequences at once do not fit into the memory of {hardware.device} ({shorten(words, 200)})"
+    return Failure(f"{told}; use {', or '.join(ways)}")

@@ -56,10 +56,10 @@ def my_micro_batches(hardware: Hardware, micro_batches: int, rank: int | None = 
 
 def check_micro_batches(config: Config, world: int) -> None:
     """Raises BadInput when the micro-batches of a step cannot be shared evenly, naming sizes that can."""
-    count, size = config.training.micro_batches, config.training.global_batch_size
+    count = config.training.micro_batches
     if count % world == 0:
         return
-    fitting = [micro for micro in range(1, size + 1) if size % micro == 0 and (size // micro) % world == 0]
+    fitting = config.training.micro_sizes(world)
     processes = [number for number in range(1, count + 1) if count % number == 0]
     way = f"training.micro_batch_size one of {fitting[-6:]}" if fitting else f"a global_batch_size divisible by {world}"
     raise BadInput(

@@ -419,8 +419,9 @@ class Training(Section):
     """Sequences of one optimizer step, over all processes and micro-batches."""
     micro_batch_size: int | None = Field(None, ge=1)
     """Sequences that go through the model at once on one device. null: global_batch_size."""
-    deterministic: Literal["ordinary", "strict"] = "ordinary"
-    """strict: bit for bit the same weights on any number of processes with equal run.threads; costs memory and time."""
+    deterministic: Literal["fast", "ordinary", "strict"] = "ordinary"
+    """ordinary: a run repeats bit for bit on the same hardware. strict: on any number of processes with equal
+    run.threads; costs memory and time. fast: GPUs may choose faster sums that do not repeat; no change on a CPU."""
     hang_timeout: int = Field(600, ge=1)
     """Seconds that a process waits for the others before it stops and names the one that hangs."""
     max_nonfinite: int = Field(10, ge=1)

@@ -67,11 +67,12 @@ class Hardware:
         return bool(stored.get("device") == self.device.type and stored.get("processes") == self.world)
 
 
-def resolve(config: Run, stored: dict[str, Any] | None = None) -> Hardware:
+def resolve(config: Run, stored: dict[str, Any] | None = None, fast: bool = False) -> Hardware:
     """The hardware of this process, and torch set up for it.
 
-    ``stored`` is the hardware a run began with: its values win over ``auto``. torchrun's or srun's variables tell of
-    other processes; ``training.processes.join`` meets them. Raises BadInput for a device this machine does not have.
+    ``stored`` is the hardware a run began with: its values win over ``auto``. ``fast``: a GPU need not repeat its bits
+    (see ``settle_determinism``). torchrun's or srun's variables tell of other processes; ``training.processes.join``
+    meets them. Raises BadInput for a device this machine does not have.
     """
     stored = stored or {}
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
@@ -93,27 +94,47 @@ def resolve(config: Run, stored: dict[str, Any] | None = None) -> Hardware:
         hardware = replace(hardware, threads=config.threads)
     elif hardware.as_stored(stored):
         hardware = replace(hardware, threads=stored["threads"])
-    set_up_torch(hardware)
+    set_up_torch(hardware, fast)
     return hardware
 
 
-def set_up_torch(hardware: Hardware) -> None:
+def set_up_torch(hardware: Hardware, fast: bool = False) -> None:
     """Threads, TF32, vector math, deterministic algorithms, and memory that is kept."""
     if hardware.device.type == "cuda":
         torch.cuda.set_device(hardware.device)
-        torch.backends.cuda.matmul.fp32_precision = "tf32"
+        # Not by fp32_precision: after it torch refuses to say which precision is set, and its compiler asks.
+        torch.set_float32_matmul_precision("high")
     torch.set_num_threads(hardware.threads)
     settle_vector_math()
-    # A GPU would add up the gradients of embeddings in whatever order its threads come. Not by
-    # torch.use_deterministic_algorithms, which imports the compiler (a second); torch.optim does so too, at the first
-    # step, but evaluating and generating need it not.
-    torch.set_deterministic_debug_mode("warn")
-    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    settle_determinism(hardware.device.type, fast)
     with contextlib.suppress(OSError, AttributeError):  # glibc's alone has mallopt
         # Memory that is given back and fetched anew costs a small step 10%.
         library = ctypes.CDLL(None)
         library.mallopt(M_MMAP_THRESHOLD, 2**25)  # the most it takes: larger blocks are mapped each time
         library.mallopt(M_TRIM_THRESHOLD, 2**30)
+
+
+def settle_determinism(kind: str, fast: bool = False) -> None:
+    """Make the same computation give the same bits each time on this ``kind`` of device.
+
+    ``fast`` (training.deterministic) gives that up on CUDA, for attention's backward pass, sums over GPUs and compiled
+    code that are chosen for their speed alone; elsewhere it changes nothing. The variables are those that NCCL and
+    cuBLAS read when they are first used; what the user set stays.
+    """
+    mode = "warn"
+    if kind == "cuda":
+        # Fused attention is deterministic only where torch would raise an error for what is not, and not when it would
+        # merely warn. cuDNN's has no deterministic backward, and with a mask it can give NaN (pytorch#196678).
+        mode = "default" if fast else "error"
+        torch.backends.cuda.enable_cudnn_sdp(False)
+    if kind == "cuda" and not fast:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        if "NCCL_ALGO" not in os.environ:  # sums inside the switch of an NVLink network differ from call to call
+            os.environ.setdefault("NCCL_NVLS_ENABLE", "0")
+    # Not by torch.use_deterministic_algorithms, which imports the compiler (a second); torch.optim does so too, at the
+    # first step, but evaluating and generating need it not.
+    torch.set_deterministic_debug_mode(mode)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
 def settle_vector_math() -> None:
@@ -144,8 +165,9 @@ def resolve_compile(
     if wanted == "auto":
         long = worth_compiling(estimated_seconds(hardware, config, n_parameters, total_steps))
         wanted = "on" if kind == "cuda" or (kind == "cpu" and not missing and long) else "off"
-    if wanted == "on":  # compiled code, too, would add up gradients in any order
-        torch.use_deterministic_algorithms(True, warn_only=True)
+    if wanted == "on" and (kind != "cuda" or config.training.deterministic != "fast"):
+        # Compiled code, too, would add up gradients in any order.
+        torch.use_deterministic_algorithms(True, warn_only=kind != "cuda")
     return replace(hardware, compile=wanted == "on")
 
 

@@ -73,7 +73,6 @@ def import_torch() -> None:
 
     Signals wait until it is done: one that interrupts the initialisation of its C++ part aborts the process.
     """
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {*STOP_SIGNALS, signal.SIGINT})
     import torch  # noqa: F401

@@ -29,7 +29,8 @@ def main(arguments: list[str]) -> int:
 
     directory = path_of(config)
     stored = read_summary(directory) if config.run.resume == "auto" else {}
-    hardware = join(resolve(config.run, stored.get("hardware")), config.training.hang_timeout)
+    hardware = resolve(config.run, stored.get("hardware"), fast=config.training.deterministic == "fast")
+    hardware = join(hardware, config.training.hang_timeout)
     check_micro_batches(config, hardware.world)
     try:
         code = train(config, hardware)

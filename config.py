@@ -99,7 +99,7 @@ class Run(Section):
     """torch.compile. auto: on for GPUs, and for runs on CPUs that will take ten minutes or more; in a study, for runs
     of a minute or more that take ten together."""
     threads: Literal["auto"] | Annotated[int, Field(ge=1, le=1024)] = "auto"
-    """CPU threads of one process. auto: all cores, shared by the processes of this machine."""
+    """CPU threads of one process. auto: the cores srun bound it to, or all, shared by the processes of this machine."""
     resume: Literal["auto", "never"] = "auto"
     """auto: go on from the newest checkpoint of this run. never: move what is there aside and start afresh."""
     init_from: str | None = None

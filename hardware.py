@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from config import BadInput, Config, Run
-from program import cores
+from program import cores, has_own_cores, warn
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 WORTH_COMPILING = 600  # estimated seconds of a run on CPUs: compiling takes 10 to 30 s and saves 2 to 25% of a step
@@ -67,6 +67,11 @@ class Hardware:
         return bool(stored.get("device") == self.device.type and stored.get("processes") == self.world)
 
 
+def moved(value: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """``value``, of the CPU, on ``device``. A GPU fetches it in its own time: from ordinary memory all would wait."""
+    return value.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else value.to(device)
+
+
 def resolve(config: Run, stored: dict[str, Any] | None = None, fast: bool = False) -> Hardware:
     """The hardware of this process, and torch set up for it.
 
@@ -88,7 +93,9 @@ def resolve(config: Run, stored: dict[str, Any] | None = None, fast: bool = Fals
     if precision == "auto":
         precision = stored.get("precision") or ("bf16" if has_fast_bf16(kind) else "fp32")
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    threads = max(1, cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    # srun and the like may have bound each process to cores of its own; torchrun's processes share theirs.
+    sharing = 1 if has_own_cores() else int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    threads = max(1, cores() // sharing)
     hardware = Hardware(rank, world, device, precision, compile=False, threads=threads)
     if config.threads != "auto":
         hardware = replace(hardware, threads=config.threads)
@@ -159,12 +166,14 @@ def resolve_compile(
     wanted, kind = config.run.compile, hardware.device.type
     if wanted == "auto" and hardware.as_stored(stored):
         wanted = "on" if stored.get("compile") else "off"
-    missing = missing_for_compile() if kind == "cpu" and wanted != "off" else None
+    missing = missing_for_compile(kind) if kind != "mps" and wanted != "off" else None
     if wanted == "on" and missing:
         raise BadInput(f"run.compile=on needs {missing}; install it (Debian: g++, python3-dev) or use run.compile=off")
     if wanted == "auto":
-        long = worth_compiling(estimated_seconds(hardware, config, n_parameters, total_steps))
-        wanted = "on" if kind == "cuda" or (kind == "cpu" and not missing and long) else "off"
+        gains = worth_compiling(estimated_seconds(hardware, config, n_parameters, total_steps))
+        if kind == "cuda" and missing and hardware.main:
+            warn(f"nothing is compiled, which costs a GPU much of its speed: this machine lacks {missing}")
+        wanted = "on" if not missing and (kind == "cuda" or (kind == "cpu" and gains)) else "off"
     if wanted == "on" and (kind != "cuda" or config.training.deterministic != "fast"):
         # Compiled code, too, would add up gradients in any order.
         torch.use_deterministic_algorithms(True, warn_only=kind != "cuda")
@@ -191,10 +200,15 @@ def operations_per_token(n_parameters: int, n_layers: int, d_model: int, context
     return 6 * n_parameters + 12 * n_layers * d_model * context
 
 
-def missing_for_compile() -> str | None:
-    """What torch.compile lacks on this machine for CPU code; None when all is there."""
-    if not shutil.which(os.environ.get("CXX", "g++")):
+def missing_for_compile(kind: str = "cpu") -> str | None:
+    """What torch.compile lacks on this machine for this ``kind`` of device; None when all is there.
+
+    A GPU's code needs a compiler of the host, too: for what starts it.
+    """
+    if kind == "cpu" and not shutil.which(os.environ.get("CXX", "g++")):
         return "a C++ compiler"
+    if kind == "cuda" and not any(map(shutil.which, [os.environ["CC"]] if "CC" in os.environ else ["gcc", "clang"])):
+        return "a C compiler"
     if not (Path(sysconfig.get_path("include")) / "Python.h").exists():
         return "Python's C headers"
     return None

@@ -18,7 +18,8 @@ from test_step import ready
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.ours import everything_on
-from config import BadInput, Config
+from command_line import parse
+from config import BadInput, Config, Run
 from data.loader import EvaluationBatches
 from data.shards import Corpus
 from evaluation.evaluate import evaluate
@@ -26,11 +27,15 @@ from hardware import (
     Hardware,
     estimated_seconds,
     missing_for_compile,
+    moved,
+    resolve,
     resolve_compile,
     set_up_torch,
     settle_determinism,
     worth_compiling,
 )
+from program import cores
+from training.processes import check_micro_batches
 from training.step import training_step
 
 TWO_CORES = Hardware(0, 1, torch.device("cpu"), "fp32", False, 2)
@@ -77,6 +82,63 @@ def test_without_a_compiler_nothing_is_compiled_unless_asked_for(monkeypatch: py
     assert not resolve_compile(TWO_CORES, small(), {}, 800_000, 10**6).compile
     with pytest.raises(BadInput, match=r"run.compile=on needs a C\+\+ compiler; .* run.compile=off"):
         resolve_compile(TWO_CORES, small("on"), {}, 800_000, 1)
+
+
+def test_a_gpu_needs_a_c_compiler_too(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Triton compiles what starts a kernel with $CC, gcc or clang, whichever there is, and never with $CXX."""
+    gpu = replace(TWO_CORES, device=torch.device("cuda"))
+    monkeypatch.setattr("hardware.shutil.which", lambda name: {"clang": "/usr/bin/clang"}.get(name))
+    monkeypatch.setattr("torch.use_deterministic_algorithms", lambda *_, **how: None)
+    monkeypatch.delenv("CC", raising=False)
+    if missing_for_compile("cuda") != "Python's C headers":
+        assert resolve_compile(gpu, small(), {}, 800_000, 1).compile
+    monkeypatch.setenv("CC", "no-such-compiler")
+    assert not resolve_compile(gpu, small(), {}, 800_000, 1).compile
+    assert "lacks a C compiler" in capsys.readouterr().err
+    with pytest.raises(BadInput, match=r"run.compile=on needs a C compiler; .* run.compile=off"):
+        resolve_compile(gpu, small("on"), {}, 800_000, 1)
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity") or cores() < 2, reason="needs two cores that can be chosen")
+@pytest.mark.parametrize(("bind", "expected"), [
+    ("{min(os.sched_getaffinity(0))}", True),  # srun binds each process to cores of its own
+    ("os.sched_getaffinity(0)", False),  # torchrun leaves all of its processes all cores
+])  # fmt: skip
+def test_a_process_knows_whether_its_cores_are_its_own(bind: str, expected: bool) -> None:
+    code = f"import os; from program import has_own_cores; os.sched_setaffinity(0, {bind}); print(has_own_cores())"
+    asked = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert asked.stdout == f"{expected}\n", asked.stderr
+
+
+@pytest.mark.parametrize(("own", "threads"), [(True, 8), (False, 2)])
+def test_cores_are_divided_once(own: bool, threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hardware.cores", lambda: 8)
+    monkeypatch.setattr("hardware.has_own_cores", lambda: own)
+    monkeypatch.setattr(torch, "set_num_threads", lambda number: None)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert resolve(Run(device="cpu")).threads == threads
+
+
+@pytest.mark.parametrize("gpus", [1, 2, 4, 8, 16, 32, 64])
+def test_gpt2_small_is_shared_out_evenly(gpus: int) -> None:
+    config = parse(["configs/gpt2_small.yaml"])
+    assert config.tokens_per_step == 2**19
+    check_micro_batches(config, gpus)
+
+
+def test_a_gpu_fetches_what_lies_still_and_is_not_waited_for() -> None:
+    class Value:
+        def pin_memory(self) -> Value:
+            return Pinned()
+
+        def to(self, device: torch.device, non_blocking: bool = False) -> tuple[str, bool]:
+            return type(self).__name__, non_blocking
+
+    class Pinned(Value):
+        pass
+
+    assert moved(Value(), torch.device("cuda")) == ("Pinned", True)  # type: ignore[arg-type, comparison-overlap]
+    assert moved(Value(), torch.device("mps")) == ("Value", False)  # type: ignore[arg-type, comparison-overlap]
 
 
 def test_the_compiler_is_not_imported_where_nothing_is_compiled() -> None:

@@ -58,6 +58,7 @@ def train(config: Config, hardware: Hardware) -> int:
     from model.gpt import GPT
     from tracking.run import Run
     from training.learner import Learner
+    from training.processes import main_first
     from training.progress import Plan
     from training.signals import StopSignals
     from training.step import training_step
@@ -66,8 +67,8 @@ def train(config: Config, hardware: Hardware) -> int:
         if run.finished:
             return run.tell_again(lambda records: diagnose(records, config).text())
 
-        # Every process prepares: one does the work, the others wait for its file lock, for which there is no timeout.
-        corpus = Corpus.open(prepare(config.data, quiet=not hardware.main), verify=hardware.main)
+        # One process prepares the corpus, if it is not there yet, and verifies all of it; then the others open it.
+        corpus = main_first(hardware, lambda main: Corpus.open(prepare(config.data, quiet=not main), verify=main))
         run.check_corpus(corpus)
         sizes = config.model.context_length, config.training.global_batch_size
         loader = TrainingLoader(corpus.split("train"), config.data, config.run.seed, *sizes)

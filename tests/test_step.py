@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import random
+import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,7 @@ import torch
 from conftest import WITH_PARAMETERS
 
 from command_line import parse
+from config import BadInput
 from data.loader import Batches, TrainingLoader
 from data.prepare import prepare
 from data.shards import Corpus
@@ -19,6 +22,7 @@ from model.gpt import GPT
 from regularizers.inputs import draw_readings
 from training.gradients import insert, merged
 from training.learner import Learner
+from training.processes import main_first
 from training.step import training_step
 
 
@@ -105,3 +109,28 @@ def test_a_gradient_that_is_not_finite_changes_nothing(
     (_, first), (second_is_finite, second), (third_is_finite, third) = map(step, range(3))
     assert not second_is_finite and all(torch.equal(first[name], second[name]) for name in first)
     assert third_is_finite and not any(torch.equal(second[name], third[name]) for name in second)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_the_others_wait_for_what_takes_the_main_process_long(fails: bool) -> None:
+    """However long, and also when it fails there: then they find out at the next collective."""
+    store, order = torch.distributed.HashStore(), list[str]()
+
+    def verify(main: bool) -> str:
+        if main:
+            time.sleep(0.3)
+        order.append("main" if main else "other")
+        if main and fails:
+            raise BadInput("damaged")
+        return order[-1]
+
+    def process(rank: int) -> str:
+        return main_first(Hardware(rank, 3, torch.device("cpu"), "fp32", False, 1, store=store), verify)
+
+    with ThreadPoolExecutor(3) as pool:
+        *others, main = [pool.submit(process, rank) for rank in (1, 2, 0)]
+        assert [other.result(5) for other in others] == ["other", "other"]
+        assert isinstance(main.exception(5), BadInput) if fails else main.result(5) == "main"
+    assert order == ["main", "other", "other"]
+    alone = Hardware(0, 1, torch.device("cpu"), "fp32", False, 1)
+    assert main_first(alone, lambda main: main) is True

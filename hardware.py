@@ -44,11 +44,11 @@ class Hardware:
     @property
     def dtype(self) -> torch.dtype:
         """Type of matrix products."""
-        return torch.bfloat16 if self.precision == "bf16" else torch.float32
+        return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.precision, torch.float32)
 
     def autocast(self) -> torch.autocast:
         """The context in which the model runs."""
-        return torch.autocast(self.device.type, self.dtype, enabled=self.precision == "bf16")
+        return torch.autocast(self.device.type, self.dtype, enabled=self.precision != "fp32")
 
     def describe(self) -> dict[str, Any]:
         """What is stored with the run and compared on resume."""
@@ -91,7 +91,8 @@ def resolve(config: Run, stored: dict[str, Any] | None = None, fast: bool = Fals
     device = torch.device(kind, int(os.environ.get("LOCAL_RANK", 0))) if kind == "cuda" else torch.device(kind)
     precision: str = config.precision
     if precision == "auto":
-        precision = stored.get("precision") or ("bf16" if has_fast_bf16(kind) else "fp32")
+        half = "fp16" if kind == "cuda" else "fp32"
+        precision = stored.get("precision") or ("bf16" if has_fast_bf16(kind) else half)
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     # srun and the like may have bound each process to cores of its own; torchrun's processes share theirs.
     sharing = 1 if has_own_cores() else int(os.environ.get("LOCAL_WORLD_SIZE", 1))

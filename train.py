@@ -88,7 +88,7 @@ def train(config: Config, hardware: Hardware) -> int:
             steps, size = range(progress.step, plan.total_steps), config.training.micro_size
             batches = loader.batches(steps, learner.micro_batches, size, hardware.device)
             while not progress.over(plan):
-                result = training_step(learner, batches, progress.step, signals)
+                result = training_step(learner, batches, progress.step, signals, progress.loss_scale)
                 progress.count(result, config)
                 judgement = judge(learner, progress.step) if plan.evaluates_at(progress.step) else None
                 if judgement is not None:

@@ -119,6 +119,16 @@ def test_cores_are_divided_once(own: bool, threads: int, monkeypatch: pytest.Mon
     assert resolve(Run(device="cpu")).threads == threads
 
 
+@pytest.mark.parametrize(("bf16", "expected"), [(True, "bf16"), (False, "fp16")])
+def test_a_gpu_without_bf16_takes_fp16(bf16: bool, expected: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: bf16)
+    monkeypatch.setattr("hardware.set_up_torch", lambda *_: None)
+    hardware = resolve(Run(device="cuda"))
+    assert (hardware.precision, hardware.dtype) == (expected, {"bf16": torch.bfloat16, "fp16": torch.float16}[expected])
+    assert resolve(Run(device="cuda"), {"precision": "fp32"}).precision == "fp32"  # what a run began with
+
+
 @pytest.mark.parametrize("gpus", [1, 2, 4, 8, 16, 32, 64])
 def test_gpt2_small_is_shared_out_evenly(gpus: int) -> None:
     config = parse(["configs/gpt2_small.yaml"])

@@ -53,6 +53,7 @@ class Learner:
     ) -> None:
         training = config.training
         self.model, self.config, self.hardware, self.total_steps = model, config, hardware, total_steps
+        model.uses_blocks = hardware.compile and hardware.device.type == "cuda"
         self.forward = torch.compile(model, dynamic=False) if hardware.compile else model
         self.teachers = [teacher.compiled() if hardware.compile else teacher for teacher in teachers]
         self.stochastic = [module for module in model.modules() if isinstance(module, STOCHASTIC)]

@@ -1,6 +1,7 @@
 # make train         train a small GPT on real text, in minutes, on any machine
 # make test          format, lint, types, declared imports and tests
 # make test-faults   the tests that kill and damage runs again and again
+# make gpu-check     what only a GPU can show: bits, every regularizer, resume, a benchmark with a profile
 # make soak          strike runs at random for ten minutes (MINUTES=10); each must end as if nothing had happened
 # make mutants       plant deliberate bugs, one at a time, to see that the tests notice (ONLY=word: some of them)
 # All make .venv and install what they need the first time.
@@ -8,7 +9,7 @@
 PYTHON ?= python3
 BIN = .venv/bin
 
-.PHONY: help train test test-faults soak mutants clean
+.PHONY: help train test test-faults gpu-check soak mutants clean
 
 help:
 	@sed -n 's/^# //p' Makefile
@@ -26,6 +27,9 @@ test: .venv/test.installed
 
 test-faults: .venv/test.installed
 	$(BIN)/python -m pytest -m slow
+
+gpu-check: .venv/test.installed
+	WELLPOSED_GPU_CHECK=1 $(BIN)/python -m pytest -n 0 -m gpu -rs -s tests/test_gpu.py
 
 soak: .venv/test.installed
 	PYTHONPATH=.:tests:tests/faults $(BIN)/python tests/faults/soak.py --minutes $(or $(MINUTES),10) $(if $(SEED),--seed $(SEED))

@@ -93,13 +93,14 @@ class Run(Section):
     """Seed of initialisation, data order and every random regularizer. The data split never follows it."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     """auto: cuda if there is one, else mps, else cpu."""
-    precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """Of matrix products; weights and moments stay in fp32. auto: bf16 on GPUs and CPUs with AVX512-BF16 or AMX."""
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """Of matrix products; weights and moments stay in fp32. auto: bf16 on GPUs and CPUs with AVX512-BF16 or AMX. fp16,
+    with a scaled loss: auto on CUDA devices without bf16 (T4, V100)."""
     compile: Literal["auto", "on", "off"] = "auto"
     """torch.compile. auto: on for GPUs, and for runs on CPUs that will take ten minutes or more; in a study, for runs
     of a minute or more that take ten together."""
     threads: Literal["auto"] | Annotated[int, Field(ge=1, le=1024)] = "auto"
-    """CPU threads of one process. auto: all cores, shared by the processes of this machine."""
+    """CPU threads of one process. auto: the cores srun bound it to, or all, shared by the processes of this machine."""
     shard: Literal["none", "node", "all"] = "none"
     """With several processes, what each holds of the model: all of it (none, the fastest), or a part of its weights,
     gradients and moments. node shares them out between the processes of a machine, all between all (torch's FSDP2)."""
@@ -428,8 +429,9 @@ class Training(Section):
     """Sequences of one optimizer step, over all processes and micro-batches."""
     micro_batch_size: int | None = Field(None, ge=1)
     """Sequences that go through the model at once on one device. null: global_batch_size."""
-    deterministic: Literal["ordinary", "strict"] = "ordinary"
-    """strict: bit for bit the same weights on any number of processes with equal run.threads; costs memory and time."""
+    deterministic: Literal["fast", "ordinary", "strict"] = "ordinary"
+    """ordinary: a run repeats bit for bit on the same hardware. strict: on any number of processes with equal
+    run.threads; costs memory and time. fast: GPUs may choose faster sums that do not repeat; no change on a CPU."""
     hang_timeout: int = Field(600, ge=1)
     """Seconds that a process waits for the others before it stops and names the one that hangs."""
     max_nonfinite: int = Field(10, ge=1)

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from config import BadInput, Config, Run
-from program import cores
+from program import cores, has_own_cores, warn
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 WORTH_COMPILING = 600  # estimated seconds of a run on CPUs: compiling takes 10 to 30 s and saves 2 to 25% of a step
@@ -62,11 +62,11 @@ class Hardware:
     @property
     def dtype(self) -> torch.dtype:
         """Type of matrix products."""
-        return torch.bfloat16 if self.precision == "bf16" else torch.float32
+        return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.precision, torch.float32)
 
     def autocast(self) -> torch.autocast:
         """The context in which the model runs."""
-        return torch.autocast(self.device.type, self.dtype, enabled=self.precision == "bf16")
+        return torch.autocast(self.device.type, self.dtype, enabled=self.precision != "fp32")
 
     def describe(self) -> dict[str, Any]:
         """What is stored with the run and compared on resume."""
@@ -86,11 +86,17 @@ class Hardware:
         return bool(stored.get("device") == self.device.type and stored.get("processes") == self.world)
 
 
-def resolve(config: Run, stored: dict[str, Any] | None = None) -> Hardware:
+def moved(value: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """``value``, of the CPU, on ``device``. A GPU fetches it in its own time: from ordinary memory all would wait."""
+    return value.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else value.to(device)
+
+
+def resolve(config: Run, stored: dict[str, Any] | None = None, fast: bool = False) -> Hardware:
     """The hardware of this process, and torch set up for it.
 
-    ``stored`` is the hardware a run began with: its values win over ``auto``. torchrun's or srun's variables tell of
-    other processes; ``training.processes.join`` meets them. Raises BadInput for a device this machine does not have.
+    ``stored`` is the hardware a run began with: its values win over ``auto``. ``fast``: a GPU need not repeat its bits
+    (see ``settle_determinism``). torchrun's or srun's variables tell of other processes; ``training.processes.join``
+    meets them. Raises BadInput for a device this machine does not have.
     """
     stored = stored or {}
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
@@ -104,32 +110,31 @@ def resolve(config: Run, stored: dict[str, Any] | None = None) -> Hardware:
     device = torch.device(kind, int(os.environ.get("LOCAL_RANK", 0))) if kind == "cuda" else torch.device(kind)
     precision: str = config.precision
     if precision == "auto":
-        precision = stored.get("precision") or ("bf16" if has_fast_bf16(kind) else "fp32")
+        half = "fp16" if kind == "cuda" else "fp32"
+        precision = stored.get("precision") or ("bf16" if has_fast_bf16(kind) else half)
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     nearby = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    threads = max(1, cores() // nearby)
+    # srun and the like may have bound each process to cores of its own; torchrun's processes share theirs.
+    threads = max(1, cores() // (1 if has_own_cores() else nearby))
     shares: dict[str, int] = {"none": 1, "node": nearby, "all": world}
     hardware = Hardware(rank, world, device, precision, compile=False, threads=threads, parts=shares[config.shard])
     if config.threads != "auto":
         hardware = replace(hardware, threads=config.threads)
     elif hardware.as_stored(stored):
         hardware = replace(hardware, threads=stored["threads"])
-    set_up_torch(hardware)
+    set_up_torch(hardware, fast)
     return hardware
 
 
-def set_up_torch(hardware: Hardware) -> None:
+def set_up_torch(hardware: Hardware, fast: bool = False) -> None:
     """Threads, TF32, vector math, deterministic algorithms, and memory that is kept."""
     if hardware.device.type == "cuda":
         torch.cuda.set_device(hardware.device)
-        torch.backends.cuda.matmul.fp32_precision = "tf32"
+        # Not by fp32_precision: after it torch refuses to say which precision is set, and its compiler asks.
+        torch.set_float32_matmul_precision("high")
     torch.set_num_threads(hardware.threads)
     settle_vector_math()
-    # A GPU would add up the gradients of embeddings in whatever order its threads come. Not by
-    # torch.use_deterministic_algorithms, which imports the compiler (a second); torch.optim does so too, at the first
-    # step, but evaluating and generating need it not.
-    torch.set_deterministic_debug_mode("warn")
-    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    settle_determinism(hardware.device.type, fast)
     with contextlib.suppress(OSError, AttributeError):  # glibc's alone has mallopt
         # Memory that is given back and fetched anew costs a small step 10%.
         library = ctypes.CDLL(None)
@@ -138,6 +143,29 @@ def set_up_torch(hardware: Hardware) -> None:
             return
         library.mallopt(M_MMAP_THRESHOLD, 2**25)  # the most it takes: larger blocks are mapped each time
         library.mallopt(M_TRIM_THRESHOLD, 2**30)
+
+
+def settle_determinism(kind: str, fast: bool = False) -> None:
+    """Make the same computation give the same bits each time on this ``kind`` of device.
+
+    ``fast`` (training.deterministic) gives that up on CUDA, for attention's backward pass, sums over GPUs and compiled
+    code that are chosen for their speed alone; elsewhere it changes nothing. The variables are those that NCCL and
+    cuBLAS read when they are first used; what the user set stays.
+    """
+    mode = "warn"
+    if kind == "cuda":
+        # Fused attention is deterministic only where torch would raise an error for what is not, and not when it would
+        # merely warn. cuDNN's has no deterministic backward, and with a mask it can give NaN (pytorch#196678).
+        mode = "default" if fast else "error"
+        torch.backends.cuda.enable_cudnn_sdp(False)
+    if kind == "cuda" and not fast:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        if "NCCL_ALGO" not in os.environ:  # sums inside the switch of an NVLink network differ from call to call
+            os.environ.setdefault("NCCL_NVLS_ENABLE", "0")
+    # Not by torch.use_deterministic_algorithms, which imports the compiler (a second); torch.optim does so too, at the
+    # first step, but evaluating and generating need it not.
+    torch.set_deterministic_debug_mode(mode)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
 def settle_vector_math() -> None:
@@ -162,14 +190,17 @@ def resolve_compile(
     wanted, kind = config.run.compile, hardware.device.type
     if wanted == "auto" and hardware.as_stored(stored):
         wanted = "on" if stored.get("compile") else "off"
-    missing = missing_for_compile() if kind == "cpu" and wanted != "off" else None
+    missing = missing_for_compile(kind) if kind != "mps" and wanted != "off" else None
     if wanted == "on" and missing:
         raise BadInput(f"run.compile=on needs {missing}; install it (Debian: g++, python3-dev) or use run.compile=off")
     if wanted == "auto":
-        long = worth_compiling(estimated_seconds(hardware, config, n_parameters, total_steps))
-        wanted = "on" if kind == "cuda" or (kind == "cpu" and not missing and long) else "off"
-    if wanted == "on":  # compiled code, too, would add up gradients in any order
-        torch.use_deterministic_algorithms(True, warn_only=True)
+        gains = worth_compiling(estimated_seconds(hardware, config, n_parameters, total_steps))
+        if kind == "cuda" and missing and hardware.main:
+            warn(f"nothing is compiled, which costs a GPU much of its speed: this machine lacks {missing}")
+        wanted = "on" if not missing and (kind == "cuda" or (kind == "cpu" and gains)) else "off"
+    if wanted == "on" and (kind != "cuda" or config.training.deterministic != "fast"):
+        # Compiled code, too, would add up gradients in any order.
+        torch.use_deterministic_algorithms(True, warn_only=kind != "cuda")
     return replace(hardware, compile=wanted == "on")
 
 
@@ -225,10 +256,15 @@ def device_metrics(hardware: Hardware, tokens_per_second: float, operations: int
     return metrics | ({"train/mfu": tokens_per_second * operations / (peak * hardware.world)} if peak else {})
 
 
-def missing_for_compile() -> str | None:
-    """What torch.compile lacks on this machine for CPU code; None when all is there."""
-    if not shutil.which(os.environ.get("CXX", "g++")):
+def missing_for_compile(kind: str = "cpu") -> str | None:
+    """What torch.compile lacks on this machine for this ``kind`` of device; None when all is there.
+
+    A GPU's code needs a compiler of the host, too: for what starts it.
+    """
+    if kind == "cpu" and not shutil.which(os.environ.get("CXX", "g++")):
         return "a C++ compiler"
+    if kind == "cuda" and not any(map(shutil.which, [os.environ["CC"]] if "CC" in os.environ else ["gcc", "clang"])):
+        return "a C compiler"
     if not (Path(sysconfig.get_path("include")) / "Python.h").exists():
         return "Python's C headers"
     return None

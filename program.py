@@ -38,6 +38,14 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def has_own_cores() -> bool:
+    """Whether this process may use fewer cores than the one that started it: its launcher bound it to its share."""
+    try:
+        return os.sched_getaffinity(0) < os.sched_getaffinity(os.getppid())
+    except (AttributeError, OSError):  # not on macOS; or the parent is not ours to ask
+        return False
+
+
 def end_with_parent(number: int) -> None:
     """Ask the kernel (of Linux) to send us the signal ``number`` when the process that started us ends."""
     if LIBC is not None:
@@ -73,7 +81,6 @@ def import_torch() -> None:
 
     Signals wait until it is done: one that interrupts the initialisation of its C++ part aborts the process.
     """
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {*STOP_SIGNALS, signal.SIGINT})
     import torch  # noqa: F401

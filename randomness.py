@@ -3,7 +3,7 @@
 Every draw in wellposed is made by a generator whose seed is a function of the run's seed, of what the
 draw is for, and of where in the run it happens (epoch, step, global micro-batch). Nothing depends on
 what was drawn before, so no generator state is ever saved, and neither a resume nor the number of
-processes changes a single draw.
+processes changes a single draw. Another model of GPU does: see ``seed_activations``.
 """
 
 from __future__ import annotations
@@ -46,7 +46,8 @@ def seed_activations(seed: int, step: int, micro_batch: int, purpose: str = "act
 
     Dropout inside the model draws from torch's default generators, in eager and compiled form and inside
     fused attention kernels alike; seeding them here, by global micro-batch and never by rank, is what makes
-    the masks of a run independent of the hardware it runs on.
+    the masks of a run independent of the number of processes. What a seed gives is up to the device: CPUs draw
+    the same numbers everywhere, but a GPU's depend on its model, too (on how many multiprocessors it has).
     """
     import torch
 

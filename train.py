@@ -29,7 +29,8 @@ def main(arguments: list[str]) -> int:
 
     directory = path_of(config)
     stored = read_summary(directory) if config.run.resume == "auto" else {}
-    hardware = join(resolve(config.run, stored.get("hardware")), config.training.hang_timeout)
+    hardware = resolve(config.run, stored.get("hardware"), fast=config.training.deterministic == "fast")
+    hardware = join(hardware, config.training.hang_timeout)
     check_micro_batches(config, hardware.world)
     try:
         code = train(config, hardware)
@@ -58,6 +59,7 @@ def train(config: Config, hardware: Hardware) -> int:
     from model.gpt import GPT
     from tracking.run import Run
     from training.learner import Learner
+    from training.processes import main_first
     from training.progress import Plan
     from training.signals import StopSignals
     from training.step import training_step
@@ -66,8 +68,8 @@ def train(config: Config, hardware: Hardware) -> int:
         if run.finished:
             return run.tell_again(lambda records: diagnose(records, config).text())
 
-        # Every process prepares: one does the work, the others wait for its file lock, for which there is no timeout.
-        corpus = Corpus.open(prepare(config.data, quiet=not hardware.main), verify=hardware.main)
+        # One process prepares the corpus, if it is not there yet, and verifies all of it; then the others open it.
+        corpus = main_first(hardware, lambda main: Corpus.open(prepare(config.data, quiet=not main), verify=main))
         run.check_corpus(corpus)
         sizes = config.model.context_length, config.training.global_batch_size
         loader = TrainingLoader(corpus.split("train"), config.data, config.run.seed, *sizes)
@@ -86,7 +88,7 @@ def train(config: Config, hardware: Hardware) -> int:
             steps, size = range(progress.step, plan.total_steps), config.training.micro_size
             batches = loader.batches(steps, learner.micro_batches, size, hardware.device)
             while not progress.over(plan):
-                result = training_step(learner, batches, progress.step, signals)
+                result = training_step(learner, batches, progress.step, signals, progress.loss_scale)
                 step_is_done()
                 progress.count(result, config)
                 judgement = judge(learner, progress.step) if plan.evaluates_at(progress.step) else None

@@ -54,7 +54,7 @@ def our_step(
             "run": {"precision": precision, "compile": compile, "teachers": ["itself"] * distilled},
         }
     )
-    hardware = resolve(config.run)
+    hardware = resolve(config.run, fast=config.training.deterministic == "fast")
     network = GPT(config.model, shape.vocab_size, config.regularizers).initialize(0).to(hardware.device)
     hardware = resolve_compile(hardware, config, {}, network.count_parameters(), STEPS)
     teachers = []

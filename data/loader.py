@@ -35,6 +35,7 @@ import torch
 
 from config import BadInput, Data
 from data.shards import Split
+from hardware import moved
 from randomness import numpy_generator
 
 
@@ -58,9 +59,7 @@ class Batch:
         if device.type == "cpu":
             return self
         moved: dict[str, Any] = {
-            name: value.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else value.to(device)
-            for name, value in vars(self).items()
-            if isinstance(value, torch.Tensor)
+            name: moved(value, device) for name, value in vars(self).items() if isinstance(value, torch.Tensor)
         }
         return replace(self, **moved)
 

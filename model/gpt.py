@@ -12,6 +12,9 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any
 
 import torch
 from einops import rearrange
@@ -24,6 +27,7 @@ from randomness import torch_generator
 from regularizers.activations import Dropout, StochasticDepth, depth_rate
 from regularizers.inputs import InputChanges
 
+Mask = Any  # what attend takes: a tensor of truth values, a BlockMask, or None
 Rotation = tuple[Tensor, Tensor]  # cosines and sines of the positions, each (1, T, C/2) or (B, 1, T, C/2)
 
 # How the parameters begin: every one matches exactly one row, or building fails. Normal is N(0, 0.02²); matrices out of
@@ -72,7 +76,7 @@ class Attention(nn.Module):
         self.key_norm = nn.RMSNorm(width, config.norm_eps) if config.family == "qwen3" else None
         self.dropout = Dropout(dropout)
 
-    def forward(self, x_BTD: Tensor, rotation: Rotation | None, mask: Tensor | None, cache: Cache | None) -> Tensor:
+    def forward(self, x_BTD: Tensor, rotation: Rotation | None, mask: Mask, cache: Cache | None) -> Tensor:
         q, k, v = self.qkv(x_BTD).split(self.sizes, dim=-1)
         q_BHTC = rearrange(q, "B T (H C) -> B H T C", C=self.width)
         k_BKTC = rearrange(k, "B T (K C) -> B K T C", C=self.width)
@@ -90,15 +94,20 @@ class Attention(nn.Module):
         return out_BTD
 
 
-def attend(q_BHTC: Tensor, k_BKSC: Tensor, v_BKSC: Tensor, mask: Tensor | None, dropout: Dropout) -> Tensor:
+def attend(q_BHTC: Tensor, k_BKSC: Tensor, v_BKSC: Tensor, mask: Mask, dropout: Dropout) -> Tensor:
     """softmax(q·k/√C)·v with dropout of the weights, (B, H, T, C).
 
-    ``mask`` is True where a key is seen, (T, S) or (B, 1, T, S); None: each token sees itself and those before it.
+    ``mask`` is True where a key is seen, (T, S) or (B, 1, T, S), or flex_attention's BlockMask; None: each token sees
+    itself and those before it.
 
     The fused kernel is used where it is the faster one. On a CPU it is not with dropout, nor in bf16 at contexts of up
     to 512: the weights are formed explicitly then.
     """
     batch, heads, time, width = q_BHTC.shape
+    if mask is not None and not isinstance(mask, Tensor):
+        flex = flex_attention(q_BHTC.device)
+        blockwise_BHTC: Tensor = flex(q_BHTC, k_BKSC, v_BKSC, block_mask=mask, enable_gqa=heads != k_BKSC.shape[1])
+        return blockwise_BHTC
     short = q_BHTC.dtype == torch.bfloat16 and 1 < time <= 512
     if q_BHTC.device.type == "cuda" or not (dropout.rate or (q_BHTC.device.type == "cpu" and short)):
         return F.scaled_dot_product_attention(
@@ -113,6 +122,31 @@ def attend(q_BHTC: Tensor, k_BKSC: Tensor, v_BKSC: Tensor, mask: Tensor | None, 
     scores = torch.baddbmm(hidden, q_BHTC.flatten(0, 1) * width**-0.5, k_BHSC.flatten(0, 1).transpose(1, 2))
     weights_BHTS: Tensor = dropout(scores.view(batch, heads, time, -1).softmax(dim=-1))
     return weights_BHTS.to(v_BHSC.dtype) @ v_BHSC
+
+
+def flex_attention(device: torch.device) -> Callable[..., Tensor]:
+    """torch's flex_attention, compiled on a GPU, where it would form all scores if it were not."""
+    from torch.nn.attention.flex_attention import flex_attention as flex
+
+    plain: Callable[..., Tensor] = flex
+    return plain if device.type == "cpu" or torch.compiler.is_compiling() else compiled(plain)
+
+
+@lru_cache
+def compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """The same function, compiled once."""
+    return torch.compile(function, dynamic=False)
+
+
+def document_blocks(documents_BT: Tensor) -> Mask:
+    """The mask of isolated documents as flex_attention takes it: of blocks, most of which it need not look at."""
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    def seen(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return (query >= key) & (documents_BT[batch, query] == documents_BT[batch, key])
+
+    batch, time = documents_BT.shape
+    return create_block_mask(seen, batch, None, time, time, device=documents_BT.device)
 
 
 def rotate(x_BHTC: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -164,7 +198,7 @@ class Block(nn.Module):
         self.stochastic_depth = StochasticDepth(depth_rate(rates.stochastic_depth, layer, config.n_layers))
         self.recomputed = config.checkpoint_activations
 
-    def forward(self, x_BTD: Tensor, rotation: Rotation | None, mask: Tensor | None, cache: Cache | None) -> Tensor:
+    def forward(self, x_BTD: Tensor, rotation: Rotation | None, mask: Mask, cache: Cache | None) -> Tensor:
         recomputed = self.recomputed if torch.is_grad_enabled() else "none"
         if recomputed == "block":
             # With the random numbers of the first time, which are put back for it.
@@ -173,7 +207,7 @@ class Block(nn.Module):
         return self.branches(x_BTD, rotation, mask, cache, recomputed == "attention")
 
     def branches(
-        self, x_BTD: Tensor, rotation: Rotation | None, mask: Tensor | None, cache: Cache | None, again: bool = False
+        self, x_BTD: Tensor, rotation: Rotation | None, mask: Mask, cache: Cache | None, again: bool = False
     ) -> Tensor:
         """What ``forward`` returns; ``again``: the attention branch is computed again on the way back."""
         inputs = x_BTD, rotation, mask, cache
@@ -181,7 +215,7 @@ class Block(nn.Module):
         x_BTD = x_BTD + self.stochastic_depth(self.residual_dropout(self.mlp(self.mlp_norm(x_BTD))))
         return x_BTD
 
-    def attended(self, x_BTD: Tensor, rotation: Rotation | None, mask: Tensor | None, cache: Cache | None) -> Tensor:
+    def attended(self, x_BTD: Tensor, rotation: Rotation | None, mask: Mask, cache: Cache | None) -> Tensor:
         """What attention adds."""
         added_BTD: Tensor = self.attention(self.attention_norm(x_BTD), rotation, mask, cache)
         out_BTD: Tensor = self.stochastic_depth(self.residual_dropout(added_BTD))
@@ -208,6 +242,9 @@ class GPT(nn.Module):
         self.norm = make_norm(config)
         self.output = None if config.tie_embeddings else nn.Linear(config.d_model, vocab_size, bias=False)
         self.auxiliary = auxiliary_parameters(rates, config.d_model)
+        # Whether isolated documents are left to flex_attention, which takes no dropout: for compiled code on a GPU.
+        self.uses_blocks = False
+        self.blocks_possible = not rates.attention_dropout and config.head_width >= 16
         self.cos_TC: Tensor
         self.sin_TC: Tensor
         if config.family != "gpt2":
@@ -243,8 +280,10 @@ class GPT(nn.Module):
             x_BTD = x_BTD + self.positions.weight[positions]
         else:
             rotation = (self.cos_TC[positions].unsqueeze(-3), self.sin_TC[positions].unsqueeze(-3))
-        mask = None
-        if documents_BT is not None:
+        mask: Mask = None
+        if documents_BT is not None and self.uses_blocks and self.blocks_possible:
+            mask = document_blocks(documents_BT)
+        elif documents_BT is not None:
             same_BTT = documents_BT[:, :, None] == documents_BT[:, None, :]
             mask = same_BTT.tril()[:, None]
         elif past and time > 1:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from config import Regularizers
+from hardware import moved
 from randomness import numpy_generator, torch_generator
 
 
@@ -37,7 +38,7 @@ class Readings:
     def of(self, first: int, count: int, device: torch.device) -> Readings:
         """The readings of ``count`` sequences of the step from number ``first`` on."""
         rows = slice(first, first + count)
-        return Readings(self.reversed_B[rows].to(device), self.offset_B[rows].to(device))
+        return Readings(moved(self.reversed_B[rows], device), moved(self.offset_B[rows], device))
 
     def alike(self, other_B: Tensor) -> Tensor:
         """Whether each sequence is read like the one with the number that other_B has for it."""
@@ -138,7 +139,7 @@ def replace_tokens(tokens_BT: Tensor, rate: float, vocab_size: int, seed: int, s
     generator = torch_generator(seed, "token replacement", step, micro_batch)
     chosen_BT = torch.rand(tokens_BT.shape, generator=generator) < rate
     random_BT = torch.randint(vocab_size, tokens_BT.shape, generator=generator)
-    return torch.where(chosen_BT.to(tokens_BT.device), random_BT.to(tokens_BT.device), tokens_BT)
+    return torch.where(moved(chosen_BT, tokens_BT.device), moved(random_BT, tokens_BT.device), tokens_BT)
 
 
 def draw_changes(
@@ -165,15 +166,15 @@ def draw_changes(
     if config.token_dropout:
         generator = torch_generator(seed, "token dropout", step, micro_batch)
         kept_BT = torch.rand(batch, time, generator=generator) >= config.token_dropout
-        keep_BT = (kept_BT / (1 - config.token_dropout)).to(device)
+        keep_BT = moved(kept_BT / (1 - config.token_dropout), device)
     if config.mixup_alpha:
         generator = torch_generator(seed, "mixup partner", step, micro_batch)
-        partner_B = torch.randperm(batch, generator=generator).to(device)
+        partner_B = moved(torch.randperm(batch, generator=generator), device)
         if readings is not None:
             partner_B = torch.where(readings.alike(partner_B), partner_B, torch.arange(batch, device=device))
         alpha = config.mixup_alpha
         shares = numpy_generator(seed, "mixup share", step, micro_batch).beta(alpha, alpha, size=batch)
-        share_B = torch.from_numpy(shares).float().to(device)
+        share_B = moved(torch.from_numpy(shares).float(), device)
     if readings is None and noise_BTD is None and keep_BT is None and partner_B is None:
         return None
     return InputChanges(readings, noise_BTD, keep_BT, partner_B, share_B)
@@ -198,4 +199,4 @@ def mask_inputs(
     generator = torch_generator(seed, "masked inputs", step, micro_batch)
     rate_B1 = config.masked_input_rate * torch.rand(shape[0], 1, generator=generator)
     masked_BT = torch.rand(shape, generator=generator) < rate_B1
-    return replace(changes or InputChanges(), masked_BT=masked_BT.to(device))
+    return replace(changes or InputChanges(), masked_BT=moved(masked_BT, device))

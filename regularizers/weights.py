@@ -90,4 +90,4 @@ def add_penalty_gradients(parameters: Iterable[Tensor], config: Regularizers) ->
 @torch.no_grad()
 def sparsity(weights: Mapping[str, Tensor], threshold: float = NEAR_ZERO) -> dict[str, float]:
     """The share of each tensor's numbers whose size is below ``threshold``, by name."""
-    return {name: (weight.abs() < threshold).double().mean().item() for name, weight in weights.items()}
+    return {name: int((weight.abs() < threshold).sum()) / weight.numel() for name, weight in weights.items()}

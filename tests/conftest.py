@@ -17,7 +17,9 @@ import pytest
 ROOT = Path(__file__).parent.parent
 
 # Read by torch, wandb and the processes that tests start, all of which are imported after this file.
-os.environ |= {"OMP_NUM_THREADS": "1", "WANDB_MODE": "disabled", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
+os.environ |= {"OMP_NUM_THREADS": "1", "WANDB_MODE": "disabled", "HF_HUB_OFFLINE": "1"}
+if "WELLPOSED_GPU_CHECK" not in os.environ:
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
 for variable in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
     os.environ.pop(variable, None)
 

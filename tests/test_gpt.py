@@ -377,3 +377,49 @@ def test_gradients_reach_every_parameter(family: str) -> None:
     model.logits(model(random_tokens())).square().mean().backward()
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None and bool(parameter.grad.abs().sum() > 0), name
+
+
+# ---------------------------------------------------------------------------------------------- isolated documents
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama", "grouped"])
+def test_blocks_of_documents_are_the_dense_mask(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """flex_attention gives the hidden states of the dense path, and the gradients, on a context that fills no block."""
+    shape = {"gpt2": {"family": "gpt2"}, "llama": {}, "grouped": {"n_kv_heads": 1}}[name]
+    sizes = {"n_layers": 2, "d_model": 32, "n_heads": 2, "context_length": 192}
+    model = GPT(Model.model_validate(sizes | shape), 61).initialize(0)
+    tokens = torch.randint(61, (3, 192), generator=torch.Generator().manual_seed(0))
+    lengths = torch.tensor([[1, 127, 64], [150, 1, 41], [192, 0, 0]])
+    documents = torch.stack([torch.arange(3).repeat_interleave(row) for row in lengths])
+    positions = torch.stack([torch.cat([torch.arange(int(length)) for length in row]) for row in lengths])
+    from torch.nn.attention import flex_attention
+
+    monkeypatch.setattr(flex_attention, "_validate_device", lambda *_: None)  # says no to gradients on a CPU
+    found = []
+    for model.uses_blocks in (False, True):
+        model.zero_grad()
+        hidden = model(tokens, positions, documents)
+        hidden.square().mean().backward()
+        found.append([hidden, *(weight.grad for weight in model.parameters())])
+    for dense, blocks in zip(*found, strict=True):
+        torch.testing.assert_close(blocks, dense, atol=1e-5, rtol=1e-4)
+    assert not torch.equal(found[0][0], found[1][0])  # it was another path
+
+
+def test_with_dropout_of_attention_documents_keep_the_dense_mask() -> None:
+    """flex_attention knows no dropout."""
+    model = GPT(Model(d_model=32, n_heads=2), 61, Regularizers(attention_dropout=0.1))
+    assert not model.blocks_possible and GPT(Model(d_model=32, n_heads=2), 61).blocks_possible
+
+
+@pytest.mark.slow
+def test_blocks_of_documents_are_compiled_into_one_graph() -> None:
+    model = GPT(Model(d_model=32, n_heads=2, context_length=64), 61).initialize(0)
+    model.uses_blocks = True
+    tokens, documents = (
+        torch.zeros(2, 64, dtype=torch.long),
+        torch.arange(64).div(9, rounding_mode="floor").expand(2, 64),
+    )
+    with torch.no_grad():
+        whole = torch.compile(model, dynamic=False, fullgraph=True, backend="aot_eager")(tokens, tokens, documents)
+        torch.testing.assert_close(whole, model(tokens, tokens, documents))

@@ -9,6 +9,7 @@ import torch
 
 from config import Model, Regularizers
 from model.gpt import GPT
+from regularizers import inputs
 from regularizers.inputs import InputChanges, Readings, draw_changes, draw_readings, mask_inputs, replace_tokens
 from regularizers.objective import objective
 
@@ -203,3 +204,28 @@ def test_mixed_objective_is_the_mixture_of_both() -> None:
     assert torch.autograd.gradcheck(
         lambda h, w: objective(h, w, first, knobs, 6.0, mixed=(second, share))["objective"], (hidden, weight)
     )
+
+
+def test_what_is_drawn_on_the_cpu_is_moved_in_the_way_that_does_not_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All of it goes through ``hardware.moved``; noise is drawn where it is used."""
+    config = Regularizers(token_dropout=0.1, mixup_alpha=0.2, masked_input_weight=0.4, reversed_fraction=0.5)
+    elsewhere, moved = torch.device("meta"), list[torch.Tensor]()
+
+    def note(value: torch.Tensor, device: torch.device) -> torch.Tensor:
+        moved.append(value)
+        return torch.empty_like(value, device=device)
+
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("moved in another way")
+
+    monkeypatch.setattr(inputs, "moved", note)
+    monkeypatch.setattr(torch.Tensor, "to", refuse)
+    readings = draw_readings(config, 4, 0, 0)
+    assert readings is not None
+    here = readings.of(0, 2, elsewhere)
+    changes = draw_changes((2, 8, 4), config, 0, 0, 0, elsewhere, here)
+    changes = mask_inputs(changes, (2, 8), config, 0, 0, 0, elsewhere)
+    replaced = replace_tokens(torch.zeros(2, 8, dtype=torch.long, device=elsewhere), 0.1, 9, 0, 0, 0)
+    assert changes is not None and changes.masked_BT is not None and changes.share_B is not None
+    assert {one.device.type for one in (here.reversed_B, changes.masked_BT, changes.share_B, replaced)} == {"meta"}
+    assert len(moved) == 8 and {one.device.type for one in moved} == {"cpu"}

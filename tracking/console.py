@@ -57,6 +57,9 @@ def tell_start(
     print(f"length     {length}")
     if config.training.deterministic == "strict":
         print(f"strict     the gradients of {config.training.micro_batches} micro-batches are added in one fixed order")
+    if config.training.deterministic == "fast":
+        gained = "attention, NCCL and the compiler use their fastest sums; the same run gives other bits each time"
+        print(f"fast       {gained if hardware['device'] == 'cuda' else 'nothing changes: it is for CUDA devices'}")
     print(f"model      {config.model.family}, {parameters:,} parameters")
     print(f"hardware   {', '.join(f'{key} {value}' for key, value in hardware.items())}")
     if hardware["compile"]:

@@ -223,7 +223,10 @@ class Run:
         step, record = progress.step, dict[str, Any]()
         self.seconds, self.steps_timed = self.seconds + result.seconds, self.steps_timed + 1
         if not result.is_finite:
-            warn(f"step {step}: the gradient is not finite; the step is skipped ({progress.nonfinite} in a row)")
+            how_often = f"({progress.nonfinite} in a row)"
+            if result.loss_scale is not None:
+                how_often = f"(fp16, loss scale {result.loss_scale:g}, now {progress.loss_scale:g})"
+            warn(f"step {step}: the gradient is not finite; the step is skipped {how_often}")
         if result.is_spike:
             warn(f"step {step}: the objective jumped to {result.terms['objective']:.4g}")
         if step % self.config.tracking.log_every == 0 or step in (1, plan.total_steps) or result.is_spike:

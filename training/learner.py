@@ -55,6 +55,7 @@ class Learner:
     ) -> None:
         training = config.training
         self.model, self.config, self.hardware, self.total_steps = model, config, hardware, total_steps
+        model.uses_blocks = hardware.compile and hardware.device.type == "cuda"
         self.forward = compiled(model, in_blocks=hardware.parts > 1) if hardware.compile else model
         self.layout = Layout(model, hardware)
         self.teachers = [teacher.compiled() if hardware.compile else teacher for teacher in teachers]

@@ -148,9 +148,8 @@ def load_optimizer_state(optimizers: Optimizers, state: dict[str, Tensor]) -> No
                     value = state[key]
                     if value.ndim and value.shape != parameter.shape:
                         raise BadInput(f"optimizer state {key} has shape {tuple(value.shape)}, not the parameter's")
-                    # Step counts stay where the optimizer makes them; moments go to their parameter's device.
-                    value = value.to(parameter.device) if value.ndim or parameter.is_cuda else value
-                    optimizer.state[parameter][short] = value.clone()
+                    # All on the parameter's device, where fused AdamW has its step counts too.
+                    optimizer.state[parameter][short] = value.to(parameter.device, copy=True)
                 left -= set(own.values())
     if left:
         raise BadInput(f"the optimizer state holds tensors of no parameter: {', '.join(sorted(left)[:3])}")

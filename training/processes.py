@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from datetime import timedelta
@@ -17,6 +18,8 @@ from torch.distributed.rendezvous import rendezvous
 
 from config import BadInput, Config, Failure
 from hardware import Hardware
+
+SECONDS_BETWEEN_LOOKS = 0.05  # at whether the main process has done something that takes it long
 
 
 def join(hardware: Hardware, hang_timeout: int) -> Hardware:
@@ -117,6 +120,23 @@ def on_main(hardware: Hardware, work: Callable[..., Any], *arguments: Any) -> An
     if "failure" in answer:
         raise Failure(answer["failure"])
     return answer["value"]
+
+
+def main_first(hardware: Hardware, work: Callable[[bool], Any]) -> Any:
+    """What ``work`` returns, done by the main process and then by the others; it is told whether this one is the main.
+
+    For what takes the main process long: in a collective the others would wait no longer than the hang timeout. When
+    it fails there, the others go on, and find out in the next collective.
+    """
+    ready = "the main process is ready"
+    if hardware.store is not None and not hardware.main:
+        while not hardware.store.check([ready]):
+            time.sleep(SECONDS_BETWEEN_LOOKS)
+    try:
+        return work(hardware.main)
+    finally:
+        if hardware.store is not None and hardware.main:
+            hardware.store.set(ready, "")
 
 
 def barrier(hardware: Hardware) -> None:

@@ -15,6 +15,8 @@ from regularizers.stopping import patience_is_over
 from training.spikes import is_spike
 from training.step import StepResult
 
+STEPS_TO_DOUBLE = 2000  # finite gradients in a row after which fp16 tries twice the loss scale, as torch does
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -108,6 +110,10 @@ class Progress:
     """Steps whose objective was a spike."""
     nonfinite: int = 0
     """Steps in a row, up to this one, whose gradient was not finite."""
+    loss_scale: float = 2.0**16
+    """fp16: what the next step's loss is multiplied by, so that its gradients are neither 0 nor infinite in fp16."""
+    steps_at_scale: int = 0
+    """fp16: steps in a row with this scale and a finite gradient."""
     average_from: int = 0
     """The averaged weights count what was trained after this step (see ``branched``)."""
     preempted: bool = field(default=False, metadata={"stored": False})
@@ -144,7 +150,8 @@ class Progress:
         self.tokens = self.step * config.tokens_per_step
         self.samples += result.samples
         self.preempted = result.preempted
-        self.nonfinite = 0 if result.is_finite else self.nonfinite + 1
+        overflowed = self.adapt_loss_scale(result)
+        self.nonfinite = 0 if result.is_finite or overflowed else self.nonfinite + 1
         if self.nonfinite >= config.training.max_nonfinite:
             raise Failure(
                 f"step {self.step}: the gradient was not finite {self.nonfinite} times in a row; lower optimizer.lr, "
@@ -152,6 +159,21 @@ class Progress:
             )
         result.is_spike = is_spike(result.terms["objective"], self.losses)
         self.spikes += result.is_spike
+
+    def adapt_loss_scale(self, result: StepResult) -> bool:
+        """Take in a step's gradient, of fp16; returns whether a smaller scale may make such a one finite.
+
+        As torch.amp.GradScaler does: half of the scale after a gradient that is not finite, twice the scale after
+        STEPS_TO_DOUBLE finite ones. Not below 1: there the gradient itself is to blame.
+        """
+        if result.loss_scale is None:
+            return False
+        self.steps_at_scale = self.steps_at_scale + 1 if result.is_finite else 0
+        if not result.is_finite:
+            self.loss_scale = max(1.0, self.loss_scale / 2)
+        elif self.steps_at_scale == STEPS_TO_DOUBLE:
+            self.loss_scale, self.steps_at_scale = 2 * self.loss_scale, 0
+        return not result.is_finite and result.loss_scale > 1
 
     def judge(self, judgement: Judgement, config: Config) -> None:
         """Take in an evaluation after this step."""

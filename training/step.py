@@ -44,6 +44,8 @@ class StepResult:
     samples: int
     """A fingerprint of the samples that this process trained on."""
     seconds: float
+    loss_scale: float | None = None
+    """fp16: what the loss was multiplied by."""
     is_spike: bool = False
 
     @property
@@ -52,18 +54,25 @@ class StepResult:
         return math.isfinite(self.gradient_norm)
 
 
-def training_step(learner: Learner, batches: Batches, step: int, signals: StopSignals | None = None) -> StepResult:
-    """Train on this process's micro-batches of the step with index ``step``, the next ones of ``batches``."""
+def training_step(
+    learner: Learner, batches: Batches, step: int, signals: StopSignals | None = None, loss_scale: float = 2.0**16
+) -> StepResult:
+    """Train on this process's micro-batches of the step with index ``step``, the next ones of ``batches``.
+
+    ``loss_scale``, a power of two, matters in fp16 alone.
+    """
     started, config, model = time.perf_counter(), learner.config_at(step), learner.model
     training, names = config.training, list[str]()
     learning_rate, samples = learner.follow_schedules(step), 0
+    scale = loss_scale if learner.hardware.precision == "fp16" else None
     for micro_batch in learner.micro_batches:
         batch = batches.current
         first = step * training.global_batch_size + micro_batch * training.micro_size
         samples += fingerprint(first, batch.sample_ids_B)
         key = (config.run.seed, step, micro_batch)
         last = learner.gradients.expect_last_pass if micro_batch == learner.micro_batches[-1] else None
-        terms = differentiate(batch, key, model, learner.forward, config, learner.hardware, learner.teachers, last)
+        taught, factor = learner.teachers, scale or 1.0
+        terms = differentiate(batch, key, model, learner.forward, config, learner.hardware, taught, last, factor)
         # What is summed along with the gradients: the loss terms, and whether this process was told to stop.
         names = sorted(terms)
         vote = terms["objective"].new_full((), bool(signals and signals.received))
@@ -73,6 +82,9 @@ def training_step(learner: Learner, batches: Batches, step: int, signals: StopSi
         learner.gradients.add(micro_batch, values_N)
         batches.advance()  # while a GPU still computes: nothing has waited for it yet
     learner.gradients.finish()
+    if scale is not None:
+        gradients = (weight.grad for weight in learner.layout.weights.values())
+        torch._foreach_mul_([gradient for gradient in gradients if gradient is not None], 1 / scale)
     add_penalty_gradients(learner.decayed.values(), config.regularizers)
     norm, sums_N = learner.gradients.norm_and_values()
     clip_gradients(learner.layout.weights.values(), config.optimizer.grad_clip, norm)
@@ -84,7 +96,8 @@ def training_step(learner: Learner, batches: Batches, step: int, signals: StopSi
     learner.average.update(learner.layout.weights, step + 1)
     inject_fault("weights", step + 1, learner.layout.weights.values())
     sums_by_name = dict(zip(names, sums, strict=True))
-    return StepResult(sums_by_name, gradient_norm, learning_rate, votes > 0, samples, time.perf_counter() - started)
+    seconds = time.perf_counter() - started
+    return StepResult(sums_by_name, gradient_norm, learning_rate, votes > 0, samples, seconds, scale)
 
 
 def differentiate(
@@ -96,6 +109,7 @@ def differentiate(
     hardware: Hardware,
     teachers: Sequence[Teacher] = (),
     before_last_pass: Callable[[], None] | None = None,
+    scale: float = 1.0,
 ) -> dict[str, Tensor]:
     """Add the gradients of one micro-batch to ``.grad``; returns the objective and its terms (see ``objective``).
 
@@ -108,10 +122,12 @@ def differentiate(
         hardware: the precision in which the model runs.
         teachers: whose predictions are distilled.
         before_last_pass: what to call before the last of the backward passes.
+        scale: the gradients are multiplied by it, the terms returned are not. A power of two changes no digit of them.
     """
     regularizers, (seed, step, micro_batch), compiled = config.regularizers, key, hardware.compile
     step_readings = draw_readings(regularizers, config.training.global_batch_size, seed, step)
     n_targets, n_ordinary = count_targets(step_readings, config)
+    per_target, per_ordinary = n_targets / scale, max(1, n_ordinary) / scale
     batch, readings = as_read(batch, step_readings, micro_batch)
     tokens_BT = replace_tokens(batch.tokens_BT, regularizers.token_replacement, model.vocab_size, *key)
     changes = draw_changes((*tokens_BT.shape, config.model.d_model), regularizers, *key, hardware.device, readings)
@@ -121,19 +137,19 @@ def differentiate(
         hidden_BTD = forward(tokens_BT, batch.positions_BT, batch.documents_BT, changes=changes)
     hidden_BTD, targets_BT = hidden_BTD.to(hardware.dtype), batch.targets_BT
     mixed = changes.mixed_targets(targets_BT) if changes else None
-    ordinary_BT = None if readings is None else readings.ordinary_B[:, None].expand_as(tokens_BT) / max(1, n_ordinary)
+    ordinary_BT = None if readings is None else readings.ordinary_B[:, None].expand_as(tokens_BT) / per_ordinary
     terms = objective(
         hidden_BTD.flatten(0, 1),
         model.output_weight,
         targets_BT.flatten(),
         regularizers,
-        n_targets,
+        per_target,
         mixed=mixed,
         ordinary_N=None if ordinary_BT is None else ordinary_BT.flatten(),
         taught=taught,
         compiled=compiled,
     )
-    n_after_next = max(1, n_targets - config.training.global_batch_size)
+    n_after_next = max(1, n_targets - config.training.global_batch_size) / scale
     second = multi_token_terms(
         hidden_BTD, model.auxiliary, model.output_weight, targets_BT, regularizers, n_after_next, mixed, compiled
     )
@@ -149,7 +165,7 @@ def differentiate(
             hidden_BTD = forward(tokens_BT, batch.positions_BT, batch.documents_BT, changes=masked)
         hidden_ND = hidden_BTD.flatten(0, 1).to(hardware.dtype)
         targets_N = targets_BT.flatten()
-        again = objective(hidden_ND, model.output_weight, targets_N, PLAIN, n_targets, mixed, compiled=compiled)
+        again = objective(hidden_ND, model.output_weight, targets_N, PLAIN, per_target, mixed, compiled=compiled)
         weighted = regularizers.masked_input_weight * again["objective"]
         if before_last_pass:
             before_last_pass()
@@ -158,7 +174,7 @@ def differentiate(
         terms["masked_input_loss"] = again["loss"]
     if not n_ordinary:  # on no process: the step has no plain loss
         del terms["loss"]
-    return terms
+    return terms if scale == 1 else {name: term / scale for name, term in terms.items()}
 
 
 def as_read(batch: Batch, step_readings: Readings | None, micro_batch: int) -> tuple[Batch, Readings | None]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,10 +14,12 @@ from oracle import same_as
 
 from tracking.metrics import read_metrics
 from tracking.run_directory import read_summary
+from training import progress
 from training.checkpoint import existing, read_state, read_tensors
 from training.spikes import NEEDED, WINDOW, is_spike
 
 Flags = Callable[..., list[str]]
+Train = Callable[..., subprocess.CompletedProcess[str]]
 
 SHARED = {"training__micro_batch_size": 4, "tracking__log_every": 1}
 
@@ -96,3 +99,25 @@ def test_weights_that_differ_name_the_rank(tiny: Flags, tmp_path: Path) -> None:
     assert "step 8: the weights of rank 1 differ from the others' in embedding.weight" in errors
     assert [path.name for path in existing(tmp_path / "runs/tiny/checkpoints")] == ["step_00000004"]
     assert end(start(flags, tmp_path, 2))[0] == [0, 0]  # the way out: start it again
+
+
+def test_fp16_resumes_bit_for_bit_with_its_loss_scale(
+    tiny: Flags, train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The scale is doubled after every three steps here, so that the gradient overflows now and then, which is told."""
+    monkeypatch.setattr(progress, "STEPS_TO_DOUBLE", 3)
+    whole = train(tiny(run__name="whole", run__precision="fp16"))
+    assert whole.returncode == 0 and "skipped (fp16, loss scale" in whole.stderr
+    monkeypatch.setenv("WELLPOSED_FAULT", "save-begin:0:16:raise")
+    assert train(tiny(run__name="broken", run__precision="fp16")).returncode == 4
+    monkeypatch.delenv("WELLPOSED_FAULT")
+    assert train(tiny(run__name="broken", run__precision="fp16")).returncode == 0
+    same_as(tmp_path / "runs/whole", tmp_path / "runs/broken")
+
+
+def test_fp16_trains_as_well_as_fp32(tiny: Flags, train: Train, tmp_path: Path) -> None:
+    for precision in ("fp32", "fp16"):
+        assert train(tiny(run__name=precision, run__precision=precision)).returncode == 0
+    (full, half) = (read_metrics(tmp_path / "runs" / name)[-1] for name in ("fp32", "fp16"))
+    assert half["val/loss"] != full["val/loss"] and half["val/loss"] == pytest.approx(full["val/loss"], abs=0.02)
+    assert half["train/grad_norm"] == pytest.approx(full["train/grad_norm"], rel=0.1)

@@ -42,7 +42,7 @@ def make_run(
     for step in (10, 20):
         own, others = (GPT(model, 257, config.regularizers).initialize(n).state_dict() for n in (step, step + 1))
         tensors = {"model": own} | ({"average": others} if average else {})
-        checkpoint.save(run / "checkpoints", tensors, {"step": step, "best": None})
+        checkpoint.save(run / "checkpoints", tensors.items(), {"step": step, "best": None})
     (run / "config.yaml").write_text(dump(config))
     corpus = directory / "corpora" / "some-text"
     corpus.mkdir(parents=True)

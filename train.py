@@ -58,6 +58,7 @@ def train(config: Config, hardware: Hardware) -> int:
     from hardware import resolve_compile
     from model.gpt import GPT
     from tracking.run import Run
+    from training.heartbeat import watched
     from training.learner import Learner
     from training.processes import main_first
     from training.progress import Plan
@@ -76,17 +77,21 @@ def train(config: Config, hardware: Hardware) -> int:
         plan = Plan.of(config, loader)
 
         model = GPT(config.model, corpus.vocab_size, config.regularizers).initialize(config.run.seed)
-        began_on = run.before.get("hardware", {})
-        hardware = resolve_compile(hardware, config, began_on, model.count_parameters(), plan.total_steps)
+        sizes = model.count_parameters(), plan.total_steps
+        hardware = resolve_compile(hardware, config, run.before.get("hardware", {}), *sizes)
         teachers = run.teachers(corpus)
         learner = Learner(model, config, hardware, plan.total_steps, loader.steps_per_epoch, teachers)
         judge = Judge(corpus, loader.split, config)
         progress = run.resume(learner, corpus)
 
-        with StopSignals() as signals, run.profiled() as step_is_done:
+        with StopSignals() as signals, watched(learner, run.failed), run.profiled() as step_is_done:
             run.begin(progress, learner, corpus, plan, loader.split.n_tokens)
-            steps, size = range(progress.step, plan.total_steps), config.training.micro_size
-            batches = loader.batches(steps, learner.micro_batches, size, hardware.device)
+            batches = loader.batches(
+                range(progress.step, plan.total_steps),
+                learner.micro_batches,
+                config.training.micro_size,
+                hardware.device,
+            )
             while not progress.over(plan):
                 result = training_step(learner, batches, progress.step, signals, progress.loss_scale)
                 step_is_done()

@@ -216,6 +216,11 @@ class Run:
         """A block whose run.profile steps the main process traces; it gives what is to be called after each step."""
         return profiled(self.config.run.profile if self.hardware.main else 0, self.path / "profile.json")
 
+    def failed(self, error: str) -> None:
+        """Record what this start of the run ends with."""
+        if self.hardware.main:
+            self.update_summary(status="failed", error=error)
+
     def log(self, progress: Progress, result: StepResult, plan: Plan, judgement: Judgement | None) -> None:
         """Record a step: each tracking.log_every-th, the first, the last, each spike, and each that was evaluated."""
         if not self.hardware.main:

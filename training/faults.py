@@ -1,6 +1,7 @@
 """Faults made on purpose, for the tests of what a run survives: WELLPOSED_FAULT=point:rank:step:action.
 
-The points are the calls of ``inject_fault``. The actions: ``kill`` (SIGKILL), ``stop`` (SIGSTOP, a hang), ``raise``; on
+The points are the calls of ``inject_fault``. The actions: ``kill`` (SIGKILL), ``stop`` (SIGSTOP, a hang), ``sleep`` (a
+hang of this thread alone), ``raise``; on
 the tensors given ``nan`` (they become not finite), ``spike`` (times 10,000) and ``change`` (the first element
 of the first one grows by one). Without the variable nothing happens.
 """
@@ -9,6 +10,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
@@ -26,6 +28,8 @@ def inject_fault(point: str, step: int, tensors: Iterable[Tensor | None] = ()) -
         return
     if action in ("kill", "stop"):
         os.kill(os.getpid(), signal.SIGKILL if action == "kill" else signal.SIGSTOP)
+    elif action == "sleep":
+        time.sleep(10**6)
     elif action == "raise":
         raise RuntimeError(f"a fault was asked for: {asked}")
     import torch

@@ -65,6 +65,7 @@ class Learner:
         self.gradients = gradient_sum(self.layout, training.micro_batches, training.deterministic == "strict")
         self.average = WeightAverage(config.regularizers, total_steps)
         self.micro_batches = my_micro_batches(hardware, training.micro_batches)
+        self.steps_computed = 0  # since this start, up to where a step waits for the other processes
 
     def follow_schedules(self, step: int) -> float:
         """Set learning rates, weight decay and dropouts for the step with index ``step``; returns AdamW's rate."""

@@ -81,6 +81,7 @@ def training_step(
         inject_fault("gradient", step + 1, chain([values_N], gradients))
         learner.gradients.add(micro_batch, values_N)
         batches.advance()  # while a GPU still computes: nothing has waited for it yet
+    learner.steps_computed += 1
     learner.gradients.finish()
     if scale is not None:
         gradients = (weight.grad for weight in learner.layout.weights.values())

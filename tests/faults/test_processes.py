@@ -145,6 +145,21 @@ def test_a_rank_that_hangs_is_named(shard: str, rank: int, tiny: Flags, tmp_path
 
 
 @pytest.mark.slow
+@pytest.mark.fault(9)
+@pytest.mark.parametrize("shard", ["none", "all"])
+def test_a_rank_whose_thread_hangs_is_named(shard: str, tiny: Flags, tmp_path: Path) -> None:
+    """Its process lives and answers, but a step does not come."""
+    flags = tiny(training__hang_timeout=6, run__shard=shard, **SHARED)
+    processes = start(flags, tmp_path, 2, fault="gradient:1:5:sleep")
+    assert processes[0].wait(timeout=60) == 4
+    processes[1].kill()
+    _, _, errors = end(processes)
+    assert "rank 1 hangs: nothing came from it for 6 s" in errors, errors
+    summary = read_summary(tmp_path / "runs/tiny")
+    assert summary["status"] == "failed" and summary["error"].startswith("rank 1 hangs")
+
+
+@pytest.mark.slow
 @pytest.mark.fault(10)
 def test_no_worker_outlives_torchrun(tiny: Flags, tmp_path: Path) -> None:
     process = torchrun(tiny(training__max_steps=100_000, **SHARED), tmp_path, "--standalone", "--nproc_per_node=2")

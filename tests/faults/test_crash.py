@@ -54,7 +54,7 @@ def test_a_compiled_run_goes_on_the_same(train: Train, breakable: Flags, tmp_pat
     cache = {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "compiled")}
     size = {"model__d_model": 64, "model__context_length": 32, "training__micro_batch_size": 8, "run__threads": 2}
     flags = breakable(run__compile="on", regularizers__stochastic_depth=0.2, **size)
-    assert train([*flags, "--run.name=alone"], **cache).returncode == 0
+    assert train([*flags, "--run.name=alone"], timeout=200, **cache).returncode == 0  # compiles two graphs anew
     assert train(flags, WELLPOSED_FAULT="gradient:0:14:kill", **cache).returncode == -signal.SIGKILL
     ended = train(flags, **cache)
     assert ended.returncode == 0 and "goes on from step 12\n" in ended.stdout, ended.stderr

@@ -226,11 +226,12 @@ def test_state_travels_by_name(name: str) -> None:
 def test_all_of_the_state_is_on_the_device_of_the_parameters() -> None:
     """Step counts too: fused AdamW on a GPU, or Apple's, reads them there."""
     first, config = small()
-    optimizers = build_optimizers(first, config, 40.0)
+    optimizers = build_optimizers(alone(first), config, 40.0)
     backward(first, 0)
     optimizers[0].step()
     saved = optimizer_state(optimizers)
-    elsewhere = build_optimizers(first.to("meta"), config, 40.0)
+    meta = Hardware(0, 1, torch.device("meta"), "fp32", False, 1)
+    elsewhere = build_optimizers(Layout(first, meta), config, 40.0)
     load_optimizer_state(elsewhere, saved)
     found = optimizer_state(elsewhere)
     assert any(key.endswith("/step") for key in found) and {value.device.type for value in found.values()} == {"meta"}

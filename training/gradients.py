@@ -1,11 +1,10 @@
 """The sum of a step's gradients over its micro-batches and processes, and with it the loss terms.
 
 ``GradientSum``       one process: torch adds up its micro-batches in ``.grad``.
-``BucketedSum``       each process holds the whole model: while the step's last backward pass goes on, the gradients of
-                      each block whose pass is over are added up over the processes, as one flat tensor. The buckets and
-                      their order are fixed by the model. Those of torch's DistributedDataParallel are laid out anew
-                      after the first step of every start, so that with three processes or more a resumed run would add
-                      in another order than an uninterrupted one (law 4).
+``BucketedSum``       each process holds the whole model: flat tensors, one or, on GPUs, one for each block, are added
+                      up over the processes. They and their order are fixed by the model. Those of torch's
+                      DistributedDataParallel are laid out anew after the first step of every start, so that with three
+                      processes or more a resumed run would add in another order than an uninterrupted one (law 4).
 ``ShardedSum``        each process holds a part of the model: FSDP2 adds up and gives to each process what is its own.
 ``TreeSum``           strict: float addition does not associate, so the order itself is fixed. The leaves of a binary
                       tree are the global micro-batches; node (level, index) covers leaves index * 2^level and on,
@@ -34,6 +33,9 @@ from training.processes import my_micro_batches
 
 if TYPE_CHECKING:
     from torch.distributed.fsdp import FSDPModule
+
+
+OVERLAPPING = ("cuda",)  # kinds of devices that compute and communicate at the same time
 
 
 class GradientSum:
@@ -74,32 +76,24 @@ class GradientSum:
         return [gradient for gradient in gradients.values() if gradient is not None]
 
 
-class _SharedSum(GradientSum):
-    """What sums over several processes have in common: norm and values travel together."""
+class BucketedSum(GradientSum):
+    """Adds up whole gradients over the processes, a bucket at a time, and with the last one the values.
 
-    def norm_and_values(self) -> tuple[Tensor, Tensor]:
-        # Each element counts on one process alone, whoever holds copies of it, so that the sum of squares is formed of
-        # the same parts whether the model is whole on every process or in parts.
-        own = [self.layout.counted(gradient) for gradient in self._gradients()]
-        square = torch.nn.utils.get_total_norm(own).double().square()
-        sums = torch.cat([square[None], self._take_values().double()])
-        dist.all_reduce(sums)
-        return sums[0].sqrt().float(), sums[1:].float()
-
-
-class BucketedSum(_SharedSum):
-    """Adds up the gradients of each block while those of the blocks before it are still being computed."""
+    On a GPU the gradients of a block are summed while those of the blocks before it are still being computed. The cores
+    of a CPU are all busy computing them, and each message costs more than it saves: there is one bucket, at the end.
+    """
 
     def __init__(self, layout: Layout) -> None:
         super().__init__(layout)
         model = layout.model
-        blocks = [list(block.parameters()) for block in reversed(model.blocks)]  # in the order of a backward pass
+        overlaps = layout.hardware.device.type in OVERLAPPING
+        blocks = [list(block.parameters()) for block in reversed(model.blocks)] if overlaps else []
         inside = {id(parameter) for block in blocks for parameter in block}
         self.buckets = [*blocks, [parameter for parameter in model.parameters() if id(parameter) not in inside]]
         self.waiting: list[set[int]] | None = None  # the parameters of each bucket whose gradients are still to come
         self.launched: list[Any] = []
-        for number, bucket in enumerate(self.buckets):
-            for parameter in bucket:
+        for number, block in enumerate(blocks):
+            for parameter in block:
                 parameter.register_post_accumulate_grad_hook(lambda own, number=number: self._arrived(number, own))
 
     def expect_last_pass(self) -> None:
@@ -114,24 +108,31 @@ class BucketedSum(_SharedSum):
         while len(self.launched) < len(self.buckets) - 1 and not self.waiting[len(self.launched)]:
             self._launch()
 
-    def _launch(self) -> None:
+    def _launch(self, values: Tensor | None = None) -> Tensor:
         bucket = self.buckets[len(self.launched)]
         gradients = [parameter.grad for parameter in bucket]
         assert all(gradient is not None for gradient in gradients), "a parameter got no gradient"
-        flat = torch.cat([gradient.flatten() for gradient in gradients if gradient is not None])
-        for parameter, gradient in zip(bucket, flat.split([parameter.numel() for parameter in bucket]), strict=True):
+        parts = [gradient.flatten() for gradient in gradients if gradient is not None]
+        flat = torch.cat(parts if values is None else [*parts, values])
+        sizes = [parameter.numel() for parameter in bucket]
+        for parameter, gradient in zip(bucket, flat[: sum(sizes)].split(sizes), strict=True):
             parameter.grad = gradient.view_as(parameter)
         self.launched.append(dist.all_reduce(flat, async_op=True))
+        return flat[sum(sizes) :]
 
     def finish(self) -> None:
-        while len(self.launched) < len(self.buckets):
+        while len(self.launched) < len(self.buckets) - 1:
             self._launch()
+        self.values = self._launch(self._take_values())
         for work in self.launched:
             work.wait()
         self.waiting, self.launched = None, []
 
+    def norm_and_values(self) -> tuple[Tensor, Tensor]:
+        return square_sum(self._gradients()).sqrt().float(), self._take_values()
 
-class ShardedSum(_SharedSum):
+
+class ShardedSum(GradientSum):
     """Has FSDP2 add up the gradients in the last backward pass; before it, they are kept where they were computed."""
 
     def __init__(self, layout: Layout) -> None:
@@ -154,6 +155,18 @@ class ShardedSum(_SharedSum):
         for name, parameter in self.layout.parameters.items():
             assert parameter.grad is not None, f"the parameter {name} got no gradient"
             self.layout.weights[name].grad, parameter.grad = local(parameter.grad), None
+
+    def norm_and_values(self) -> tuple[Tensor, Tensor]:
+        # Of what several processes hold, each element counts on one of them alone.
+        own = square_sum([self.layout.counted(gradient) for gradient in self._gradients()])
+        sums = torch.cat([own[None], self._take_values().double()])
+        dist.all_reduce(sums)
+        return sums[0].sqrt().float(), sums[1:].float()
+
+
+def square_sum(tensors: list[Tensor]) -> Tensor:
+    """The sum of all squares, in float64: rounded to fp32, that of a whole and that of its parts are one."""
+    return torch.stack(torch._foreach_norm(tensors, 2, dtype=torch.float64)).square().sum()
 
 
 class TreeSum(GradientSum):

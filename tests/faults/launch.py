@@ -26,7 +26,12 @@ def free_port() -> int:
 
 
 def start(
-    flags: list[str], directory: Path, world: int = 1, fault: str = "", per_machine: int | None = None
+    flags: list[str],
+    directory: Path,
+    world: int = 1,
+    fault: str = "",
+    per_machine: int | None = None,
+    program: Path = ROOT / "train.py",
 ) -> Processes:
     """``world`` processes of train.py that are one run; ``fault`` is WELLPOSED_FAULT.
 
@@ -40,9 +45,12 @@ def start(
         ranks |= {"LOCAL_WORLD_SIZE": str(per_machine)}
         processes.append(
             subprocess.Popen(
-                [sys.executable, str(ROOT / "train.py"), *flags],
+                [sys.executable, str(program), *flags],
                 cwd=directory,
-                env=os.environ | (ranks if world > 1 else {}) | ({"WELLPOSED_FAULT": fault} if fault else {}),
+                env=os.environ
+                | {"PYTHONPATH": str(ROOT)}
+                | (ranks if world > 1 else {})
+                | ({"WELLPOSED_FAULT": fault} if fault else {}),
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
                 text=True,

@@ -34,7 +34,7 @@ from tracking.run_directory import read_summary, update_summary
 
 # By train.py, by torch.optim when an optimizer is made, and by the pictures; the rest comes with these.
 IMPORTED_ON_THE_WAY = (
-    *("data.prepare", "evaluation.judge", "training.failures", "torch._dynamo"),
+    *("data.prepare", "evaluation.judge", "training.failures", "training.heartbeat", "torch._dynamo"),
     *("matplotlib.figure", "matplotlib.backends.backend_agg"),
 )
 STAGES = {

@@ -5,6 +5,7 @@ from __future__ import annotations
 import netrc
 import os
 import secrets
+import time
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
@@ -72,8 +73,8 @@ def start_wandb(directory: Path, config: Config, job_type: str | None = None) ->
     if not identity.exists():
         files.write_text(identity, secrets.token_hex(4))
     settings = wandb.Settings(init_timeout=SECONDS_TO_WAIT, console="off", silent=True)
-    attempts: list[Any] = [mode] if mode == "offline" else [mode, "offline"]
-    for attempt in attempts:
+    attempts: list[Any] = [mode] if mode == "offline" else [mode, *["offline"] * 3]
+    for number, attempt in enumerate(attempts, start=1):
         try:
             run = wandb.init(
                 project=config.tracking.project,
@@ -92,8 +93,11 @@ def start_wandb(directory: Path, config: Config, job_type: str | None = None) ->
             return run
         except Exception as problem:  # login refused, server unreachable, service not starting
             first = str(problem).splitlines()[0] if str(problem) else type(problem).__name__
-            warn(f"W&B {attempt} is not to be had ({first}); metrics.jsonl is written all the same")
-            wandb.teardown()  # else the run's id stays taken, and the offline run after it is refused
+            if number in (1, len(attempts)):
+                warn(f"W&B {attempt} is not to be had ({first}); metrics.jsonl is written all the same")
+            # Else the run's id stays taken, and the offline run after it is refused; it takes a moment to be free.
+            wandb.teardown()
+            time.sleep(0.5 * number)
     return None
 
 

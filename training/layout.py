@@ -70,11 +70,17 @@ class Layout:
         They are named as the parameters are of which they have the shape, or "parameter/what"; scalars are whole.
         """
         found = {}
-        for name, part in parts.items():
+        for name, part in sorted(parts.items()):  # all processes in the same order, whatever was loaded first
             whole = self.whole(name.split("/")[0], part) if part.ndim else part
             if self.hardware.main:
                 found[name] = whole.cpu()
         return found
+
+    def gradients(self) -> list[Tensor]:
+        """This process's gradients as the last backward pass left them, before a GradientSum has completed them."""
+        if self.mesh is None:
+            return [weight.grad for weight in self.weights.values() if weight.grad is not None]
+        return [local(parameter.grad) for parameter in self.parameters.values() if parameter.grad is not None]
 
     def part_of(self, whole: Tensor) -> Tensor:
         """This process's part of a whole tensor; a scalar is each process's own."""

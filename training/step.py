@@ -9,7 +9,6 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import chain
 
 import torch
 from torch import Tensor
@@ -77,8 +76,7 @@ def training_step(
         names = sorted(terms)
         vote = terms["objective"].new_full((), bool(signals and signals.received))
         values_N = torch.stack([*(terms[name].detach() for name in names), vote])
-        gradients = (weight.grad for weight in learner.layout.weights.values())
-        inject_fault("gradient", step + 1, chain([values_N], gradients))
+        inject_fault("gradient", step + 1, [values_N, *learner.layout.gradients()])
         learner.gradients.add(micro_batch, values_N)
         batches.advance()  # while a GPU still computes: nothing has waited for it yet
     learner.steps_computed += 1

@@ -153,10 +153,12 @@ def train(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
     def start(flags: list[str], timeout: float = 120, **environment: str) -> subprocess.CompletedProcess[str]:
         if not environment:
             return in_this_process(flags, tmp_path)
+        # W&B tells the children of a process to share its service, which then outlives them and keeps their runs' ids.
+        inherited = {name: value for name, value in os.environ.items() if name != "WANDB_SERVICE"}
         return subprocess.run(
             [sys.executable, str(ROOT / "train.py"), *flags],
             cwd=tmp_path,
-            env=os.environ | environment,
+            env=inherited | environment,
             capture_output=True,
             text=True,
             timeout=timeout,

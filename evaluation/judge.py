@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
+
+import torch
 
 import pictures
 from config import Config
@@ -64,7 +67,10 @@ class Judge:
             record |= {f"val_average/{name}": value for name, value in scores.items()}
         if self.config.evaluation.sample_tokens:  # on every process: with sharded weights all take part in a pass
             tokens, seed = self.config.evaluation.sample_tokens, self.config.run.seed
-            record["sample"] = sample_text(model, self.tokenizer, "", self.corpus.end_of_text, tokens, seed)
+            # Blocks that are compiled for themselves would be compiled anew for each length of the text.
+            in_blocks = learner.hardware.compile and learner.hardware.parts > 1
+            with torch.compiler.set_stance("force_eager") if in_blocks else nullcontext():
+                record["sample"] = sample_text(model, self.tokenizer, "", self.corpus.end_of_text, tokens, seed)
         self.calibration = calibration
         return Judgement(record, scores)
 

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from program import FAILED
 from training.learner import Learner
 
-PATIENCE = 0.9  # of the hang timeout, which is about to end what waits in a collective
+PATIENCE = 0.9  # of the hang timeout: a collective that waits is given up when all of it is over
 BEATS = 20  # in one hang timeout
 
 

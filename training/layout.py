@@ -95,12 +95,9 @@ class Layout:
         return tensor[number * rows : (number + 1) * rows]
 
     @property
-    def team(self) -> tuple[int, int]:
-        """Among how many processes work on whole tensors is shared out, and which of them this one is.
-
-        The team are the processes of one copy, or all of them where each has a whole one.
-        """
-        return (self.hardware.world, self.hardware.rank) if self.mesh is None else (self.parts, self.part)
+    def team_size(self) -> int:
+        """Among how many processes work on whole tensors is shared out: those of one copy, or all that have a copy."""
+        return self.hardware.world if self.mesh is None else self.parts
 
     def to_owner(self, part: Tensor, owner: int, shape: torch.Size) -> Tensor | None:
         """On the ``owner`` within the team the whole matrix of ``shape``, else None. Collective."""

@@ -23,7 +23,7 @@ class SharedMuon(torch.optim.Muon):
         super().__init__(groups, **settings)
         self.layout = layout
         names = [name for group in self.param_groups for name in group["names"]]
-        self.owners = owners_of({name: layout.shapes[name].numel() for name in names}, layout.team[0])
+        self.owners = owners_of({name: layout.shapes[name].numel() for name in names}, layout.team_size)
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]

@@ -24,7 +24,7 @@ import yaml
 
 ROOT = Path(__file__).parent.parent
 SIDE_BY_SIDE = 2
-OPTIONS = ["-x", "-n", "0", "-q", "--timeout=120", "--no-header", "-p", "no:cacheprovider"]
+OPTIONS = ["-x", "-n", "0", "-q", "-m", "", "--timeout=120", "--no-header", "-p", "no:cacheprovider"]
 
 
 def main() -> int:

@@ -34,7 +34,7 @@ def agree(one: Path, other: Path) -> None:
     assert len(ours) == len(theirs) == 24
     for a, b in zip(ours, theirs, strict=True):
         assert a.keys() == b.keys()
-        for name in NUMBERS:
+        for name in (*NUMBERS, "train/grad_norm"):
             assert a.get(name) == pytest.approx(b.get(name), abs=1e-5), (a["step"], name)
 
 

@@ -203,6 +203,8 @@ def test_an_exception_on_one_rank_ends_all(shard: str, fault: str, tiny: Flags, 
 
 
 SRUN = """#!/bin/bash
+[ "$1" = --cpus-per-task=1 ] || exit 99
+shift
 for rank in 0 1; do
     SLURM_PROCID=$rank SLURM_LOCALID=$rank "$@" &
     pids[rank]=$!
@@ -237,6 +239,7 @@ def test_the_script_for_slurm_asks_to_be_queued_again(tiny: Flags, tmp_path: Pat
         "SLURM_JOB_ID": "7",
         "SLURM_NTASKS": "2",
         "SLURM_NTASKS_PER_NODE": "2",
+        "SLURM_CPUS_PER_TASK": "1",
         "SLURM_JOB_NODELIST": "here",
         "MASTER_PORT": str(free_port()),
         "WELLPOSED": str(ROOT),

@@ -60,6 +60,17 @@ class Hardware:
         return self.rank == 0
 
     @property
+    def compiles_blocks(self) -> bool:
+        """Whether a block is compiled for itself: in seconds, once for all blocks and the next runs, and so that FSDP2
+        can gather weights between blocks. On CPUs whole models take 10 times as long, and then win up to 11% a step."""
+        return self.compile and (self.device.type == "cuda" or self.parts > 1)
+
+    @property
+    def saves_in_background(self) -> bool:
+        """Whether checkpoints are written while training goes on: where training leaves the cores and the memory."""
+        return self.device.type == "cuda"
+
+    @property
     def dtype(self) -> torch.dtype:
         """Type of matrix products."""
         return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.precision, torch.float32)

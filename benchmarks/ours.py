@@ -66,6 +66,6 @@ def our_step(
 
     def step(tokens_BT: Tensor, targets_BT: Tensor) -> float:
         batch = Batch(tokens_BT, targets_BT, None, None, np.arange(len(tokens_BT)))
-        return training_step(learner, Batches(repeat(batch)), next(steps)).terms["objective"]
+        return training_step(learner, Batches(repeat(batch), hardware.device), next(steps)).terms["objective"]
 
     return step

@@ -26,6 +26,7 @@ Shapes: B sequences, T tokens.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
@@ -154,7 +155,7 @@ class TrainingLoader:
 
     def batches(self, steps: Iterable[int], micro_batches: Iterable[int], size: int, device: torch.device) -> Batches:
         """Of one step after the other these micro-batches, of ``size`` sequences each, on ``device``."""
-        return Batches(self.batch(step, index * size, size).to(device) for step in steps for index in micro_batches)
+        return Batches((self.batch(step, index * size, size) for step in steps for index in micro_batches), device)
 
     def _draw_epoch(self, number: int) -> Epoch:
         split = self.split
@@ -171,11 +172,15 @@ class TrainingLoader:
 
 
 class Batches:
-    """Batches in their order: ``current`` is the next to be trained on, ``advance`` reads the one after it."""
+    """Batches in their order, on ``device``: ``current`` is the next to be trained on; a thread reads the one after it.
 
-    def __init__(self, batches: Iterator[Batch]) -> None:
-        self._rest = batches
-        self._current: Batch | None = None
+    So a slow disk is waited for while the machine computes.
+    """
+
+    def __init__(self, batches: Iterator[Batch], device: torch.device) -> None:
+        self._rest, self._device = batches, device
+        self._reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="batches")
+        self._read_ahead()
         self.advance()
 
     @property
@@ -186,8 +191,13 @@ class Batches:
         return self._current
 
     def advance(self) -> None:
-        """Read the next batch."""
-        self._current = next(self._rest, None)
+        """Take the next batch; raises what reading it raised."""
+        batch = self._coming.result()
+        self._current = None if batch is None else batch.to(self._device)
+        self._read_ahead()
+
+    def _read_ahead(self) -> None:
+        self._coming = self._reader.submit(next, self._rest, None)
 
 
 class EvaluationBatches:
@@ -247,7 +257,7 @@ def make_batch(
     windows: Sequence[tuple[Split | Shuffled, int]], length: int, ids: list[int], isolate_documents: bool
 ) -> Batch:
     """A Batch of sequences of ``length`` tokens: for each the stream, where its window begins, and its sample id."""
-    window_BT = torch.from_numpy(np.stack([stream.read(begin, begin + length + 1) for stream, begin in windows]))
+    window_BT = np.stack([stream.read(begin, begin + length + 1) for stream, begin in windows])
     positions_BT = documents_BT = None
     if isolate_documents:
         is_start_BT = np.zeros((len(windows), length), dtype=np.int64)
@@ -258,5 +268,6 @@ def make_batch(
         index_T = np.arange(length)
         positions_BT = torch.from_numpy(index_T - np.maximum.accumulate(is_start_BT * index_T, axis=1))
         documents_BT = torch.from_numpy(np.cumsum(is_start_BT, axis=1))
-    tokens_BT, targets_BT = window_BT[:, :-1].contiguous(), window_BT[:, 1:].contiguous()
+    # Copied by NumPy: torch would start threads of its own for the thread that reads ahead.
+    tokens_BT, targets_BT = (torch.from_numpy(part.copy()) for part in (window_BT[:, :-1], window_BT[:, 1:]))
     return Batch(tokens_BT, targets_BT, positions_BT, documents_BT, np.array(ids, dtype=np.int64))

@@ -68,8 +68,8 @@ class Judge:
         if self.config.evaluation.sample_tokens:  # on every process: with sharded weights all take part in a pass
             tokens, seed = self.config.evaluation.sample_tokens, self.config.run.seed
             # Blocks that are compiled for themselves would be compiled anew for each length of the text.
-            in_blocks = learner.hardware.compile and learner.hardware.parts > 1
-            with torch.compiler.set_stance("force_eager") if in_blocks else nullcontext():
+            eager = torch.compiler.set_stance("force_eager") if learner.hardware.compiles_blocks else nullcontext()
+            with eager:
                 record["sample"] = sample_text(model, self.tokenizer, "", self.corpus.end_of_text, tokens, seed)
         self.calibration = calibration
         return Judgement(record, scores)

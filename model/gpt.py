@@ -129,12 +129,12 @@ def flex_attention(device: torch.device) -> Callable[..., Tensor]:
     from torch.nn.attention.flex_attention import flex_attention as flex
 
     plain: Callable[..., Tensor] = flex
-    return plain if device.type == "cpu" or torch.compiler.is_compiling() else compiled(plain)
+    return plain if device.type == "cpu" or torch.compiler.is_compiling() else compiled_once(plain)
 
 
 @lru_cache
-def compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """The same function, compiled once."""
+def compiled_once(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """The same function, compiled."""
     return torch.compile(function, dynamic=False)
 
 
@@ -293,6 +293,16 @@ class GPT(nn.Module):
             x_BTD = block(x_BTD, rotation, mask, cache)
         x_BTD = self.norm(x_BTD)
         return x_BTD
+
+    def compiled(self, in_blocks: bool) -> Callable[..., Tensor]:
+        """The forward pass compiled: as one, or each block for itself, the same code for all of them."""
+        if not in_blocks:
+            return torch.compile(self, dynamic=False)
+        # The rate of stochastic depth is each block's own, and evaluation without gradients is compiled apart.
+        torch._dynamo.config.recompile_limit = 2 * len(self.blocks) + 8
+        for block in self.blocks:
+            block.compile(dynamic=False)
+        return self
 
     @property
     def output_weight(self) -> Tensor:

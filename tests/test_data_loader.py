@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
+from threading import Event, current_thread
 
 import numpy as np
 import pytest
 import torch
 
 from config import BadInput, Data
-from data.loader import EvaluationBatches, TrainingLoader
+from data.loader import Batch, Batches, EvaluationBatches, TrainingLoader
 from data.shards import Shard, Split
 
 END = 9_999
@@ -220,3 +222,32 @@ def test_train_tokens_limits_what_is_seen(tmp_path: Path) -> None:
         assert seen <= set(range(25))
         if shuffle == "windows":  # offsets 0..3 and 20 targets: 1..23, of which 10 and 20 are END
             assert seen == set(range(1, 24)) - {10, 20}
+
+
+def test_the_next_batch_is_read_while_this_one_is_trained_on(tmp_path: Path) -> None:
+    """By a thread: the second is not waited for before the first is used. What reading raises is raised in its turn."""
+    loader, begun, may_read = loader_of(stream(tmp_path, 23)), Event(), Event()
+
+    def slow_disk() -> Iterator[Batch]:
+        yield loader.batch(0)
+        begun.set()
+        assert may_read.wait(10) and current_thread().name.startswith("batches")
+        yield loader.batch(1)
+        raise BadInput("token 99 is not in the vocabulary")
+
+    batches = Batches(slow_disk(), torch.device("cpu"))
+    assert begun.wait(10)  # nobody has asked for it
+    assert torch.equal(batches.current.tokens_BT, loader.batch(0).tokens_BT)
+    may_read.set()
+    batches.advance()
+    assert torch.equal(batches.current.tokens_BT, loader.batch(1).tokens_BT)
+    with pytest.raises(BadInput, match="token 99"):
+        batches.advance()
+    assert torch.equal(batches.current.tokens_BT, loader.batch(1).tokens_BT)
+
+
+def test_after_the_last_batch_there_is_none(tmp_path: Path) -> None:
+    batches = loader_of(stream(tmp_path, 23)).batches(range(1), range(1), 3, torch.device("cpu"))
+    batches.advance()
+    with pytest.raises(IndexError, match="no batch left"):
+        _ = batches.current

@@ -423,3 +423,25 @@ def test_blocks_of_documents_are_compiled_into_one_graph() -> None:
     with torch.no_grad():
         whole = torch.compile(model, dynamic=False, fullgraph=True, backend="aot_eager")(tokens, tokens, documents)
         torch.testing.assert_close(whole, model(tokens, tokens, documents))
+
+
+@pytest.mark.parametrize(("rate", "graphs"), [(0.0, 1), (0.2, 3)])
+def test_blocks_are_compiled_once_for_all(rate: float, graphs: int) -> None:
+    """But for stochastic depth, whose rate is each block's own; and the hidden states are those of the whole model."""
+    model = GPT(Model(d_model=32, n_heads=2, n_layers=3), 61, Regularizers(stochastic_depth=rate)).initialize(0)
+    tokens, found = torch.arange(40).view(2, 20), []
+
+    def count(graph: torch.fx.GraphModule, _: list[Tensor]) -> Any:
+        found.append(graph)
+        return graph.forward
+
+    torch.compiler.reset()
+    torch.manual_seed(0)
+    expected = model(tokens)
+    with pytest.MonkeyPatch.context() as patch:
+        compile_module = torch.nn.Module.compile
+        patch.setattr(torch.nn.Module, "compile", lambda self, **words: compile_module(self, backend=count, **words))
+        forward = model.compiled(in_blocks=True)
+    torch.manual_seed(0)
+    torch.testing.assert_close(forward(tokens), expected)
+    assert len(found) == graphs

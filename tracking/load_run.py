@@ -20,7 +20,7 @@ from model.gpt import AUXILIARY, GPT
 from model.huggingface import read_directory
 from program import warn
 from tracking.run_directory import read_config, read_summary
-from training.checkpoint import NAME, directory_for, existing, newest, problem_of, read_tensors
+from training.checkpoint import NAME, directory_for, entries_of, existing, newest, problem_of, read_tensors
 
 Weights = Literal["best available", "model", "average"]
 
@@ -172,7 +172,7 @@ def best_of(run: Path) -> Path | None:
 
 def has_average(checkpoint: Path) -> bool:
     """Whether a verified checkpoint holds averaged weights beside the raw ones."""
-    return "average.safetensors" in json.loads((checkpoint / "manifest.json").read_text())["files"]
+    return bool(entries_of(checkpoint, "average"))
 
 
 def read_weights(checkpoint: Path, which: Weights = "best available") -> dict[str, Tensor]:

@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, TextIO
 
-import torch
-
 import files
 from command_line import dump
-from config import BadInput, Config, Failure
+from config import BadInput, Config
 from data.shards import Corpus
 from hardware import Hardware, device_metrics, operations_per_token, peak_memory
 from model.gpt import AUXILIARY
@@ -26,19 +23,17 @@ from tracking.console import Console, evaluation_line, tell_results, tell_start
 from tracking.load_run import initial_weights
 from tracking.metrics import Metrics, read_metrics, results_of
 from tracking.profile import profiled
+from tracking.saving import Saver, point_at
 from tracking.teachers import check_unchanged, load_teachers
 from tracking.weights_and_biases import Mirror, start_wandb
 from training import checkpoint
-from training.failures import check_weights
 from training.learner import Learner
 from training.optimizer import describe_groups
-from training.processes import barrier, gathered, on_main
+from training.processes import barrier, on_main
 from training.progress import Judgement, Plan, Progress
 from training.schedule import warmup_warning
 from training.step import StepResult
 from training.teachers import Teacher
-
-Tensors = Iterator[tuple[str, dict[str, torch.Tensor]]]  # of a checkpoint's files
 
 
 class Run:
@@ -55,8 +50,7 @@ class Run:
         self.afresh = config.run.resume == "never"
         self.before: dict[str, Any] = {}  # summary.json as the last start left it
         self.warnings: list[str] = []
-        self.failed_saves = 0
-        self.best_saved: dict[str, Any] | None = None
+        self.saver = Saver(self.path, config, hardware, lambda: self.metrics.sync())  # a resume counts on its lines
         self.branch: Branch | None = None  # of another run, if this one begins as that now
         self.seconds, self.steps_timed = 0.0, 0
         self._lock: TextIO | None = None
@@ -73,6 +67,7 @@ class Run:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.saver.close()
         if self._lock is not None:
             self._lock.close()
 
@@ -134,7 +129,7 @@ class Run:
             own = {name: value for name, value in whole.items() if name.startswith(AUXILIARY)}
             learner.load_weights((own | weights).items(), Path(self.config.run.init_from))
         progress.samples *= self.hardware.main  # what was trained on so far counts once
-        self.best_saved = progress.best
+        self.saver.best = progress.best
         self.attempt = on_main(
             self.hardware, run_directory.count_attempt, self.before, progress.step, self.config.training.max_attempts
         )
@@ -169,7 +164,7 @@ class Run:
             debris.unlink(missing_ok=True)
         if progress.step and self.branch is None:
             checkpoint.set_aside_newer(self.checkpoints, progress.step)
-            self._point_at(progress)
+            point_at(self.path, progress)
         hardware, versions = self.hardware.describe(), run_directory.versions()
         self.warnings += warmup_warning(self.config.schedule, plan.total_steps)
         self.warnings += plan.milestones_out_of_reach()
@@ -251,50 +246,8 @@ class Run:
             self.console.tell(record)
 
     def save(self, progress: Progress, learner: Learner, plan: Plan) -> None:
-        """Commit a checkpoint, point at it, and only then prune older ones.
-
-        A disk that refuses is told, and training goes on; Failure is raised when it refused too often in a row, or
-        when no later checkpoint would follow.
-        """
-        check_weights(learner.layout, progress.step)
-        shares = gathered(torch.tensor([progress.samples % 2**62]), self.hardware)
-        samples = sum(shares.flatten().tolist()) % 2**62
-        progress.samples = samples if self.hardware.main else 0
-        tensors = learner.tensors(progress.step)
-        if not self.hardware.main:
-            deque(tensors, maxlen=0)  # what is shared out is gathered by all
-        refused = on_main(self.hardware, self._try_to_save, progress, tensors, plan)
-        if not refused:
-            self.failed_saves, self.best_saved = 0, progress.best
-            return
-        self.failed_saves += 1
-        progress.best = self.best_saved  # whose weights are on the disk
-        if self.failed_saves >= self.config.training.max_failed_saves or progress.over(plan):
-            way = "make room and start again to go on from the last checkpoint"
-            raise Failure(f"step {progress.step}: {refused}; {way}")
-        if self.hardware.main:
-            warn(f"step {progress.step}: {refused}; training goes on ({self.failed_saves} failed in a row)")
-
-    def _try_to_save(self, progress: Progress, tensors: Tensors, plan: Plan) -> str:
-        """Save; returns why the machine refused, empty when it is done."""
-        try:
-            self.metrics.sync()  # a resume counts on these lines
-            checkpoint.save(self.checkpoints, tensors, progress.stored())
-            self._point_at(progress)
-            best = {progress.best["step"]} if progress.best else set()
-            checkpoint.prune(self.checkpoints, self.config.checkpoint.keep, best | plan.milestones)
-        except OSError as problem:
-            return str(problem)
-        finally:
-            deque(tensors, maxlen=0)  # the others go through all of them, also where the disk refused the first
-        return ""
-
-    def _point_at(self, progress: Progress) -> None:
-        """Make last.json, and best.json if there is a best, name their checkpoints."""
-        for name, values in (("last", {"step": progress.step}), ("best", progress.best)):
-            if values is not None:
-                named = {"checkpoint": checkpoint.directory_for(Path(), values["step"]).name}
-                files.write_json(self.path / f"{name}.json", named | values)
+        """Commit a checkpoint (see ``Saver.save``)."""
+        self.saver.save(progress, learner, plan)
 
     def best_checkpoint(self, progress: Progress) -> Path | None:
         """The checkpoint to test and to use, verified; None without one, which is told."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +9,10 @@ import torch
 
 from config import BadInput, Config
 from data.shards import Corpus
+from files import hash_of
 from tracking.load_run import Listed, has_average, list_members, load_model, run_of
 from tracking.run_directory import path_of, read_config, read_summary
-from training.checkpoint import NAME
+from training.checkpoint import NAME, entries_of
 from training.teachers import Teacher
 
 
@@ -79,8 +79,12 @@ def differences(entry: Listed, config: Config, corpus: Corpus) -> list[str]:
 def identity(checkpoint: Path) -> dict[str, Any]:
     """Where a teacher's weights are, which they are, and their sha256 (from the manifest of a verified checkpoint)."""
     weights = "average" if has_average(checkpoint) else "model"
-    entries = json.loads((checkpoint / "manifest.json").read_text())["files"]
-    return {"checkpoint": str(checkpoint), "weights": weights, "sha256": entries[f"{weights}.safetensors"]["sha256"]}
+    hashes = [entry["sha256"] for entry in entries_of(checkpoint, weights).values()]
+    return {
+        "checkpoint": str(checkpoint),
+        "weights": weights,
+        "sha256": hashes[0] if len(hashes) == 1 else hash_of(hashes),
+    }
 
 
 def check_unchanged(before: list[dict[str, Any]], teachers: list[Teacher], run: Path) -> None:

@@ -24,6 +24,8 @@ from torch.nn import functional as F
 from hardware import Hardware
 from model.gpt import GPT
 
+SAVED_WHOLE = 2_000_000_000  # elements: a larger model in parts is saved in parts, for its moments need 16 GB and more
+
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.fsdp import FSDPModule
@@ -93,6 +95,11 @@ class Layout:
     def _rows(self, tensor: Tensor, number: int, count: int) -> Tensor:
         rows = -(-len(tensor) // count)
         return tensor[number * rows : (number + 1) * rows]
+
+    @property
+    def saves_rows(self) -> bool:
+        """Whether each process of a copy writes its part of a checkpoint, and no tensor is gathered."""
+        return self.parts > 1 and sum(shape.numel() for shape in self.shapes.values()) > SAVED_WHOLE
 
     @property
     def team_size(self) -> int:

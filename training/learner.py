@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -56,9 +56,10 @@ class Learner:
         training = config.training
         self.model, self.config, self.hardware, self.total_steps = model, config, hardware, total_steps
         model.uses_blocks = hardware.compile and hardware.device.type == "cuda"
-        self.forward = compiled(model, in_blocks=hardware.parts > 1) if hardware.compile else model
+        self.forward = model.compiled(hardware.compiles_blocks) if hardware.compile else model
         self.layout = Layout(model, hardware)
-        self.teachers = [teacher.compiled() if hardware.compile else teacher for teacher in teachers]
+        in_blocks = hardware.compiles_blocks
+        self.teachers = [teacher.compiled(in_blocks) if hardware.compile else teacher for teacher in teachers]
         self.stochastic = [module for module in model.modules() if isinstance(module, STOCHASTIC)]
         self.optimizers = build_optimizers(self.layout, config, steps_per_epoch)
         self.decayed = decayed_parameters(self.optimizers)
@@ -90,15 +91,19 @@ class Learner:
         """All that a checkpoint after ``step`` steps holds: the name of each safetensors file, and whole tensors.
 
         Where processes share the model, all of them ask for each file together; it is gathered in the main memory of
-        the main process, and the others get an empty one.
+        the main process, and the others get an empty one. A model too large for that (``Layout.saves_rows``) has a
+        file of each process.
         """
-        yield "model", self._whole(self.layout.weights)
-        yield "optimizer", self._whole(optimizer_state(self.optimizers))
+        yield self._file("model", self.layout.weights)
+        yield self._file("optimizer", optimizer_state(self.optimizers))
         if self.average.count(step):
-            yield "average", self._whole(self.average.weights)
+            yield self._file("average", self.average.weights)
 
-    def _whole(self, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return dict(parts) if self.layout.parts == 1 else self.layout.gathered(parts)
+    def _file(self, name: str, held: Mapping[str, Tensor]) -> tuple[str, dict[str, Tensor]]:
+        layout = self.layout
+        if layout.saves_rows:
+            return checkpoint.file_of_rows(name, layout.part, layout.parts), dict(held)
+        return name, dict(held) if layout.parts == 1 else layout.gathered(held)
 
     @torch.no_grad()
     def load_weights(self, weights: Iterable[tuple[str, Tensor]], path: Path) -> None:
@@ -152,13 +157,3 @@ def misfit(path: Path, names: list[str]) -> BadInput:
         f"{path} does not fit this model in {', '.join(names[:3])}{' and more' if names[3:] else ''}; restore the "
         "checkpoint, the code that wrote it, or start afresh with --run.resume=never (what is there is moved aside)"
     )
-
-
-def compiled(model: GPT, in_blocks: bool) -> Callable[..., Tensor]:
-    """The model compiled: whole, or each of its blocks, between which FSDP2 gathers and releases weights."""
-    if not in_blocks:
-        return torch.compile(model, dynamic=False)
-    torch._dynamo.config.recompile_limit = len(model.blocks) + 8  # the rate of stochastic depth is each block's own
-    for block in model.blocks:
-        block.compile(dynamic=False)
-    return model

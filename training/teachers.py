@@ -31,9 +31,9 @@ class Teacher:
     described: dict[str, Any]
     """What summary.json has of it; ``sha256`` is that of its weights."""
 
-    def compiled(self) -> Teacher:
+    def compiled(self, in_blocks: bool) -> Teacher:
         """The same with a compiled forward."""
-        return replace(self, forward=torch.compile(self.model, dynamic=False))
+        return replace(self, forward=self.model.compiled(in_blocks))
 
 
 @torch.no_grad()

@@ -73,6 +73,17 @@ def end(processes: Processes, timeout: float = 90) -> tuple[list[int], str, str]
     return codes, output, errors
 
 
+def changed(directory: Path, *changes: tuple[str, str]) -> Path:
+    """A program that is train.py after these changes, each a module and ``name = value`` in it.
+
+    For what only large models have, or GPUs.
+    """
+    lines = [f"import {module}\n{module}.{assignment}" for module, assignment in changes]
+    path = directory / "changed.py"
+    path.write_text("\n".join([*lines, "import train", "from program import run", "run(train.main)"]))
+    return path
+
+
 def torchrun(flags: list[str], directory: Path, *options: str, **environment: str) -> subprocess.Popen[str]:
     """train.py under torchrun; ``options`` are torchrun's."""
     command = [sys.executable, "-m", "torch.distributed.run", *options, str(ROOT / "train.py"), *flags]

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from launch import end, start
+from launch import changed, end, start
 from oracle import same_as
 from test_regularized_run import KNOBS, NUMBERS
 
@@ -51,20 +51,10 @@ def test_whole_or_in_two_parts_a_run_has_the_same_bytes(tiny: Flags, tmp_path: P
     assert all((first[name] != last[name]).any(-1).float().mean() > 0.5 for name in first)
 
 
-OVERLAPPING = """
-import training.gradients
-training.gradients.OVERLAPPING = ("cpu",)
-import train
-from program import run
-run(train.main)
-"""
-
-
 def test_sums_during_the_backward_pass_are_those_after_it(tiny: Flags, tmp_path: Path) -> None:
     """As on GPUs: a bucket for each block, sent as soon as it is complete. Two processes add the same two numbers."""
     after = run(tiny(run__name="after", **SHARED), tmp_path, 2)
-    program = tmp_path / "overlapping.py"
-    program.write_text(OVERLAPPING)
+    program = changed(tmp_path, ("training.gradients", "OVERLAPPING = ('cpu',)"))
     codes, _, errors = end(start(tiny(run__name="during", **SHARED), tmp_path, 2, program=program))
     assert codes == [0, 0], errors
     same_as(after, tmp_path / "runs/during")

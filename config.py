@@ -427,8 +427,9 @@ class Training(Section):
     """Passes over the training tokens."""
     global_batch_size: int = Field(16, ge=1)
     """Sequences of one optimizer step, over all processes and micro-batches."""
-    micro_batch_size: int | None = Field(None, ge=1)
-    """Sequences that go through the model at once on one device. null: global_batch_size."""
+    micro_batch_size: Literal["auto"] | Count | None = None
+    """Sequences that go through the model at once on one device. null: global_batch_size. auto: the most that its
+    memory holds, found when the run begins, by arithmetic, and kept when it goes on."""
     deterministic: Literal["fast", "ordinary", "strict"] = "ordinary"
     """ordinary: a run repeats bit for bit on the same hardware. strict: on any number of processes with equal
     run.threads; costs memory and time. fast: GPUs may choose faster sums that do not repeat; no change on a CPU."""
@@ -452,8 +453,9 @@ class Training(Section):
 
     @property
     def micro_size(self) -> int:
-        """Sequences of one micro-batch, the null resolved."""
-        return self.micro_batch_size or self.global_batch_size
+        """Sequences of one micro-batch, the null resolved; of auto the most that there can be."""
+        size = self.micro_batch_size
+        return size if isinstance(size, int) else self.global_batch_size
 
     def micro_sizes(self, processes: int) -> list[int]:
         """Sizes of micro-batches that so many processes can share, ascending."""

@@ -71,7 +71,7 @@ def train(config: Config, hardware: Hardware) -> int:
 
         # One process prepares the corpus, if it is not there yet, and verifies all of it; then the others open it.
         corpus = main_first(hardware, lambda main: Corpus.open(prepare(config.data, quiet=not main), verify=main))
-        run.check_corpus(corpus)
+        config = run.settled(corpus)
         sizes = config.model.context_length, config.training.global_batch_size
         loader = TrainingLoader(corpus.split("train"), config.data, config.run.seed, *sizes)
         plan = Plan.of(config, loader)

@@ -17,12 +17,13 @@ from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.opponents import Shape
 from benchmarks.ours import everything_on, our_step
-from config import Model
+from config import Config, Model
 from files import sha256
-from hardware import operations_per_token
+from hardware import Hardware, operations_per_token
 from model.gpt import GPT
 from tracking.metrics import read_metrics
 from training.checkpoint import existing
+from training.memory import needed
 
 ASKED = os.environ.get("WELLPOSED_GPU_CHECK")
 DEVICE = "cpu" if ASKED == "cpu" else "cuda" if torch.cuda.is_available() else "mps"
@@ -108,6 +109,24 @@ def test_blocks_of_documents_are_the_dense_mask_compiled() -> None:
         found.append([hidden, model.embedding.weight.grad])
     for dense, blocks in zip(*found, strict=True):
         assert (dense - blocks).norm() < 0.01 * dense.norm()
+
+
+@pytest.mark.skipif(DEVICE != "cuda", reason="what a step takes on a CPU is compared in tests/test_memory.py")
+def test_the_memory_of_a_step_is_what_auto_reckons_with() -> None:
+    """24 sequences more, in bf16 and not compiled."""
+
+    def held(size: int) -> int:
+        step = our_step(Shape(4, 256, 4, 256, size, 512), "bf16", {"residual_dropout": 0.1}, "off")
+        tokens = torch.zeros(size, 256, dtype=torch.long, device=DEVICE)
+        torch.cuda.reset_peak_memory_stats()
+        step(tokens, tokens)
+        return torch.cuda.max_memory_allocated()
+
+    model = {"family": "gpt2", "n_layers": 4, "d_model": 256, "n_heads": 4, "context_length": 256}
+    config = Config.model_validate({"model": model, "regularizers": {"residual_dropout": 0.1}})
+    hardware = Hardware(0, 1, torch.device(DEVICE), "bf16", False, 1)
+    expected = needed(config, hardware, 512, 32) - needed(config, hardware, 512, 8)
+    assert held(32) - held(8) == pytest.approx(expected, rel=0.3)
 
 
 def test_benchmark_with_a_profile(tmp_path_factory: pytest.TempPathFactory) -> None:

@@ -28,6 +28,7 @@ from tracking.teachers import check_unchanged, load_teachers
 from tracking.weights_and_biases import Mirror, start_wandb
 from training import checkpoint
 from training.learner import Learner
+from training.memory import largest_micro_batch_size
 from training.optimizer import describe_groups
 from training.processes import barrier, on_main
 from training.progress import Judgement, Plan, Progress
@@ -84,14 +85,33 @@ class Run:
         """The lines of metrics.jsonl, on the main process."""
         return self.metrics.records if self.hardware.main else []
 
-    def check_corpus(self, corpus: Corpus) -> None:
-        """Raises BadInput when the run was trained on other text, or other tokens of it."""
+    def settled(self, corpus: Corpus) -> Config:
+        """The run's config, in which training.micro_batch_size is the number that ``auto`` comes to.
+
+        Raises BadInput when the run was trained on other text, or other tokens of it.
+        """
         before = self.before.get("corpus", corpus.fingerprint)
         if before != corpus.fingerprint:
             raise BadInput(
                 f"{self.path} was trained on the corpus {before}, and the data now give {corpus.fingerprint}; "
                 "restore the data, use another --run.name, or --run.resume=never"
             )
+        if self.config.training.micro_batch_size == "auto":
+            size = on_main(self.hardware, self._micro_batch_size, corpus.vocab_size)
+            training = self.config.training.model_copy(update={"micro_batch_size": size})
+            self.config = self.config.model_copy(update={"training": training})
+        return self.config
+
+    def _micro_batch_size(self, vocab_size: int) -> int:
+        """The one with which the run began, if the processes can share it, else the largest that fits."""
+        fitting = self.config.training.micro_sizes(self.hardware.world)
+        if not self.afresh and checkpoint.existing(self.checkpoints):
+            stored = run_directory.read_config(self.path).training.micro_size
+            if stored in fitting:
+                return stored
+        size = largest_micro_batch_size(self.config, self.hardware, vocab_size)
+        print(f"micro-batch {size} sequences at once, for the memory of {self.hardware.device}")
+        return size
 
     def teachers(self, corpus: Corpus) -> list[Teacher]:
         """The models of run.teachers; raises BadInput when they cannot teach it, or are not those it began with."""

@@ -115,6 +115,8 @@ def check_config(directory: Path, config: Config) -> list[str]:
     if not (directory / "config.yaml").exists():
         raise BadInput(f"{directory} has checkpoints but no config.yaml; restore it or use another --run.name")
     stored, asked = read_config(directory).flat(), config.flat()
+    if asked["training.micro_batch_size"] == "auto":  # it was, and is what it came to
+        asked["training.micro_batch_size"] = stored["training.micro_batch_size"]
     changed = {key: (stored[key], asked[key]) for key in asked if stored[key] != asked[key]}
     serious = {key: pair for key, pair in changed.items() if not is_free(key) and key not in HARDWARE}
     if serious:

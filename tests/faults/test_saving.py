@@ -50,6 +50,7 @@ def test_a_thread_whose_disk_is_full(tiny: Flags, tmp_path: Path) -> None:
     assert read_summary(tmp_path / "runs/tiny")["status"] == "failed"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("background", [False, True])
 def test_each_process_writes_its_rows(background: bool, tiny: Flags, tmp_path: Path) -> None:
     """Put together they are the tensors that the main process would have gathered, for whoever reads them."""

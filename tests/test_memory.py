@@ -1,0 +1,97 @@
+"""training.micro_batch_size=auto: the largest that fits, by what a step was seen to take, and kept by the run."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT
+
+from config import Config
+from hardware import Hardware
+from tracking.run_directory import read_config, read_summary
+from training.memory import largest_micro_batch_size, needed
+
+CPU = Hardware(0, 1, torch.device("cpu"), "fp32", False, 1)
+MODEL = {"family": "gpt2", "n_layers": 4, "d_model": 256, "n_heads": 4, "context_length": 256}
+
+STEP = """
+import resource, sys
+import torch
+from benchmarks.ours import Shape, our_step
+size = int(sys.argv[1])
+step = our_step(Shape(4, 256, 4, 256, size, 512), "fp32", {"residual_dropout": 0.1}, "off")
+tokens = torch.zeros(size, 256, dtype=torch.long)
+step(tokens, tokens)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024))
+"""
+
+
+def config(**words: object) -> Config:
+    return Config.model_validate({"model": MODEL, "regularizers": {"residual_dropout": 0.1}} | words)
+
+
+def test_it_is_what_a_step_takes() -> None:
+    """24 sequences more, in processes of their own: the most memory that each held."""
+
+    def held(size: int) -> int:
+        command = [sys.executable, "-c", STEP, str(size)]
+        ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+        assert ended.returncode == 0, ended.stderr
+        return int(ended.stdout.splitlines()[-1])
+
+    expected = needed(config(), CPU, 512, 32) - needed(config(), CPU, 512, 8)
+    assert held(32) - held(8) == pytest.approx(expected, rel=0.3)
+
+
+def test_weights_by_hand() -> None:
+    """Without blocks to speak of: 5 times the weights in fp32, a fifth of that where four processes share them."""
+    sizes = {"n_layers": 1, "d_model": 2, "n_heads": 1, "d_ff": 1, "context_length": 2, "family": "gpt2"}
+    large = needed(config(model=sizes), CPU, 10**6, 1)
+    assert large == pytest.approx(5 * 4 * 2 * 10**6, rel=0.01)
+    parts = Hardware(0, 4, torch.device("cpu"), "fp32", False, 1, parts=4)
+    assert needed(config(model=sizes), parts, 10**6, 1) == pytest.approx(large / 4, rel=0.01)
+
+
+def test_the_largest_that_fits_and_that_the_processes_can_share(monkeypatch: pytest.MonkeyPatch) -> None:
+    wanted = config(training={"global_batch_size": 24, "micro_batch_size": "auto"})
+    three = Hardware(0, 3, torch.device("cpu"), "fp32", False, 1)
+    sizes = [1, 2, 4, 8]  # of which 24 sequences on three processes are made
+    needs = {size: needed(wanted, three, 512, size) for size in sizes}
+    assert sorted(needs.values()) == list(needs.values())
+    for size in sizes:
+        monkeypatch.setattr("training.memory.memory_of", lambda _, size=size: needs[size] / 0.8 + 1)
+        assert largest_micro_batch_size(wanted, three, 512) == size
+    monkeypatch.setattr("training.memory.memory_of", lambda _: 0)
+    assert largest_micro_batch_size(wanted, three, 512) == 1
+    mixed = config(training=wanted.training.model_dump(), regularizers={"mixup_alpha": 0.2})
+    assert largest_micro_batch_size(mixed, three, 512) == 2  # it mixes pairs
+
+
+def test_a_run_keeps_what_it_began_with(
+    tiny: Callable[..., list[str]],
+    train: Callable[..., subprocess.CompletedProcess[str]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """All that this machine has room for; and half of it when the run began where there was less."""
+    auto = {"training__micro_batch_size": "auto", "training__max_steps": 2, "evaluation__every": 1}
+    ended = train(tiny(run__name="large", **auto))
+    assert ended.returncode == 0 and "micro-batch 8 sequences at once" in ended.stdout, ended.stderr
+    assert read_config(tmp_path / "runs/large").training.micro_batch_size == 8
+
+    model = read_config(tmp_path / "runs/large")
+    half = needed(model, CPU, 257, 4) / 0.8 + 1
+    with monkeypatch.context() as little:
+        little.setattr("training.memory.memory_of", lambda _: half)
+        little.setenv("WELLPOSED_FAULT", "weights:0:2:raise")
+        assert train(tiny(**auto)).returncode != 0
+    ended = train(tiny(**auto))
+    assert ended.returncode == 0 and "goes on from step 1" in ended.stdout, ended.stderr
+    assert "micro-batch" not in ended.stdout and "bits may differ" not in ended.stderr
+    assert read_config(tmp_path / "runs/tiny").training.micro_batch_size == 4
+    assert read_summary(tmp_path / "runs/tiny")["status"] == "finished"

@@ -15,6 +15,7 @@ from test_shards import SHARED, run
 
 from tracking.load_run import load_model
 from tracking.run_directory import read_summary
+from tracking.saving import in_main_memory
 from training.checkpoint import existing, newest, problem_of, read_tensors
 
 Flags = Callable[..., list[str]]
@@ -35,6 +36,14 @@ def test_a_kill_while_training_goes_on(tiny: Flags, tmp_path: Path) -> None:
     assert codes == [0] and "goes on from step 4" in output, errors
     same_as(tmp_path / "runs/alone", tmp_path / "runs/tiny")
     assert not list((tmp_path / "runs/tiny/checkpoints").glob(".*"))
+
+
+def test_what_a_thread_writes_is_of_the_step_of_the_save() -> None:
+    weight = torch.nn.Parameter(torch.zeros(3))
+    copies = in_main_memory({"weight": weight})
+    with torch.no_grad():
+        weight += 1
+    assert copies["weight"].tolist() == [0, 0, 0] and not copies["weight"].requires_grad
 
 
 @pytest.mark.fault(20)

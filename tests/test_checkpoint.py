@@ -5,14 +5,28 @@ from __future__ import annotations
 import json
 import os
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from threading import Timer
 
 import pytest
 import torch
 
 from config import BadInput
 from files import write_json
-from training.checkpoint import existing, newest, problem_of, prune, read_state, read_tensors, save, sweep
+from training.checkpoint import (
+    begin,
+    existing,
+    file_of_rows,
+    newest,
+    problem_of,
+    prune,
+    read_state,
+    read_tensors,
+    save,
+    sweep,
+    write_rows,
+)
 
 
 def write(checkpoints: Path, step: int) -> Path:
@@ -26,6 +40,35 @@ def test_what_is_saved_comes_back(tmp_path: Path) -> None:
     assert torch.equal(read_tensors(path, "model")["a"], torch.full((4, 4), 5.0))
     assert read_state(path) == {"step": 5, "best": None}
     assert not list(tmp_path.glob(".*"))
+
+
+def rows(part: int) -> Iterator[tuple[str, dict[str, torch.Tensor]]]:
+    """What each of three processes holds of ten rows and a scalar: 4, 4 and 2 rows."""
+    whole = torch.arange(20.0).view(10, 2)
+    yield file_of_rows("model", part, 3), {"a": whole[4 * part : 4 * part + 4], "step": torch.tensor(7.0)}
+
+
+def test_each_process_writes_its_rows(tmp_path: Path) -> None:
+    """The main process waits for the others, and what they wrote is read as whole tensors."""
+    assert begin(tmp_path, 5)
+    later = [Timer(0.2 * part, write_rows, (tmp_path, rows(part), 5)) for part in (2, 1)]
+    for timer in later:
+        timer.start()
+    path = save(tmp_path, rows(0), {"step": 5}, begun=True, patience=10)
+    assert problem_of(path) is None and not begin(tmp_path, 5)
+    read = read_tensors(path, "model")
+    assert torch.equal(read["a"], torch.arange(20.0).view(10, 2)) and read["step"] == 7
+    (path / "model.rows-1-of-3.safetensors").unlink()
+    assert "model.rows-1-of-3.safetensors" in (problem_of(path) or "")
+
+
+@pytest.mark.fault(20)
+def test_a_process_that_does_not_write_its_rows_is_named(tmp_path: Path) -> None:
+    begin(tmp_path, 5)
+    write_rows(tmp_path, rows(1), 5)
+    with pytest.raises(OSError, match=r"rank 2 has not written model\.rows-2-of-3\.safetensors within 0\.1 s"):
+        save(tmp_path, rows(0), {"step": 5}, begun=True, patience=0.1)
+    assert not list(tmp_path.iterdir())
 
 
 FILES = ["model.safetensors", "optimizer.safetensors", "state.json", "manifest.json"]

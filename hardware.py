@@ -173,8 +173,7 @@ def settle_determinism(kind: str, fast: bool = False) -> None:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         if "NCCL_ALGO" not in os.environ:  # sums inside the switch of an NVLink network differ from call to call
             os.environ.setdefault("NCCL_NVLS_ENABLE", "0")
-    # Not by torch.use_deterministic_algorithms, which imports the compiler (a second); torch.optim does so too, at the
-    # first step, but evaluating and generating need it not.
+    # Not by torch.use_deterministic_algorithms, which imports the compiler (a second or two).
     torch.set_deterministic_debug_mode(mode)
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 

@@ -32,9 +32,9 @@ from studies.space import Study, read_study
 from studies.storage import patient
 from tracking.run_directory import read_summary, update_summary
 
-# By train.py, by torch.optim when an optimizer is made, and by the pictures; the rest comes with these.
+# By train.py and by the pictures; the rest comes with these.
 IMPORTED_ON_THE_WAY = (
-    *("data.prepare", "evaluation.judge", "training.failures", "training.heartbeat", "torch._dynamo"),
+    *("data.prepare", "evaluation.judge", "training.failures", "training.heartbeat"),
     *("matplotlib.figure", "matplotlib.backends.backend_agg"),
 )
 STAGES = {
@@ -68,8 +68,9 @@ class Worker:
     def work(self) -> int:
         """Returns the exit code."""
         if self.forks:
-            import_what_a_run_imports()
+            import_torch()
             self.compile = self.settled_compile()
+            import_what_a_run_imports(compiled=bool(self.compile))
         while not self.told_to_stop:
             task = self.queue.claim()
             if task is not None:
@@ -189,10 +190,10 @@ class Worker:
         return code
 
 
-def import_what_a_run_imports() -> None:
+def import_what_a_run_imports(compiled: bool) -> None:
     """Import what train.py does on the way, so that a process forked from this one has it."""
     import_torch()
-    for name in IMPORTED_ON_THE_WAY:
+    for name in (*IMPORTED_ON_THE_WAY, *["torch._dynamo"] * compiled):
         importlib.import_module(name)
     gc.collect()
     gc.freeze()  # else the garbage collector of each run would look through all that is imported, and copy its memory

@@ -187,7 +187,7 @@ def test_a_gpu_fetches_what_lies_still_and_is_not_waited_for() -> None:
 
 
 def test_the_compiler_is_not_imported_where_nothing_is_compiled() -> None:
-    """It takes a second of every start; torch.optim imports it, what evaluates and generates has no use for it."""
+    """It takes a second or two of every start."""
     code = "from hardware import resolve; from config import Run; import sys; resolve(Run())"
     code += "; print([name for name in sys.modules if name.startswith(('torch._dynamo', 'torch._inductor'))])"
     asked = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)

@@ -18,7 +18,7 @@ import re
 import shutil
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -44,7 +44,7 @@ def directory_for(checkpoints: Path, step: int) -> Path:
 
 def step_of(checkpoint: Path) -> int:
     """The step in a checkpoint's name."""
-    return int(checkpoint.name.split("_")[1])
+    return int(checkpoint.name.rsplit("_", 1)[1])
 
 
 def file_of_rows(name: str, part: int, parts: int) -> str:
@@ -111,7 +111,8 @@ def write_rows(checkpoints: Path, tensors: Iterable[tuple[str, dict[str, Tensor]
             _write_file(directory, name, contents)
             inject_fault("save-file", step)
     except (OSError, SafetensorError) as problem:
-        shutil.rmtree(directory, ignore_errors=True)  # by which the main process sees it
+        with suppress(FileNotFoundError):  # another process could not write either
+            _remove(directory)  # in one step, whatever the others are writing into it; by that the main process sees it
         raise OSError(problem) from problem
 
 

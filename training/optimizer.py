@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -13,6 +14,24 @@ from model.gpt import AUXILIARY
 from regularizers.weights import first_weight_decay
 from training.layout import Layout
 from training.muon import SharedMuon
+
+# torch.optim hides its methods from torch's compiler and imports that to do so, which takes a second or two of each
+# start. Nothing here compiles an optimizer, so its methods are called as they are behind that.
+for _method in (torch.optim.Optimizer.add_param_group, torch.optim.Optimizer.zero_grad):
+    setattr(inspect.unwrap(_method), "__dynamo_disable", inspect.unwrap(_method))
+
+
+class AdamW(torch.optim.AdamW):
+    """torch.optim's, whose step does not import the compiler."""
+
+    step = torch.no_grad()(inspect.unwrap(torch.optim.AdamW.step))
+
+
+class Muon(torch.optim.Muon):
+    """torch.optim's, whose step does not import the compiler."""
+
+    step = torch.no_grad()(inspect.unwrap(torch.optim.Muon.step))
+
 
 # The optimizers of a run, in a fixed order: one AdamW, and one Muon before it if it is asked for.
 Optimizers = list[torch.optim.Optimizer]
@@ -70,8 +89,8 @@ def build_optimizers(layout: Layout, config: Config, steps_per_epoch: float) -> 
         if layout.hardware.world > 1:
             optimizers.append(SharedMuon(muon, layout, lr=lr, momentum=momentum))
         else:
-            optimizers.append(torch.optim.Muon(muon, lr=lr, momentum=momentum))
-    optimizers.append(torch.optim.AdamW(adamw, lr=settings.lr, betas=settings.betas, eps=settings.eps, fused=True))
+            optimizers.append(Muon(muon, lr=lr, momentum=momentum))
+    optimizers.append(AdamW(adamw, lr=settings.lr, betas=settings.betas, eps=settings.eps, fused=True))
     return optimizers
 
 

@@ -26,7 +26,7 @@ test: .venv/test.installed
 	$(BIN)/python -m pytest
 
 test-faults: .venv/test.installed
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -m slow --timeout 600
 
 gpu-check: .venv/test.installed
 	WELLPOSED_GPU_CHECK=1 $(BIN)/python -m pytest -n 0 -m gpu -rs -s tests/test_gpu.py

@@ -59,7 +59,7 @@ def start(
     return processes
 
 
-def end(processes: Processes, timeout: float = 90) -> tuple[list[int], str, str]:
+def end(processes: Processes, timeout: float = 200) -> tuple[list[int], str, str]:
     """Exit codes in order of rank, and all that was written to standard output and to standard error."""
     codes, output, errors = [], "", ""
     deadline = time.monotonic() + timeout

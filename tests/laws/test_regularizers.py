@@ -25,6 +25,7 @@ from conftest import TINY
 from torch import Tensor
 
 import train as program
+import training.optimizer
 from config import Model, Regularizers
 from data.loader import EvaluationBatches
 from data.shards import Corpus
@@ -209,7 +210,7 @@ def take_out(kind: str, code: Replacements) -> None:
         def adam(groups: list[dict[str, Any]], **settings: Any) -> torch.optim.Optimizer:
             return plain([{k: v for k, v in group.items() if k != "weight_decay"} for group in groups], **settings)
 
-        code.put(torch.optim, "AdamW", adam)
+        code.put(training.optimizer, "AdamW", adam)
         code.put(learner, "set_weight_decay", lambda *rest: None)
         code.put(run, "describe_groups", lambda *rest: [])
         code.put(step, "add_penalty_gradients", lambda *rest: None)

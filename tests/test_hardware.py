@@ -186,6 +186,13 @@ def test_a_gpu_fetches_what_lies_still_and_is_not_waited_for() -> None:
     assert moved(Value(), torch.device("mps")) == ("Value", False)  # type: ignore[arg-type, comparison-overlap]
 
 
+def test_blocks_are_compiled_on_gpus_and_in_parts() -> None:
+    whole, gpu = replace(TWO_CORES, compile=True), replace(TWO_CORES, compile=True, device=torch.device("cuda"))
+    assert not whole.compiles_blocks and gpu.compiles_blocks and replace(whole, parts=2).compiles_blocks
+    assert not replace(gpu, compile=False).compiles_blocks
+    assert gpu.saves_in_background and not whole.saves_in_background
+
+
 def test_the_compiler_is_not_imported_where_nothing_is_compiled() -> None:
     """It takes a second or two of every start."""
     code = "from hardware import resolve; from config import Run; import sys; resolve(Run())"

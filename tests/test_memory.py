@@ -49,7 +49,7 @@ def test_it_is_what_a_step_takes() -> None:
 
 
 def test_weights_by_hand() -> None:
-    """Without blocks to speak of: 5 times the weights in fp32, a fifth of that where four processes share them."""
+    """Without blocks to speak of: 5 times the weights in fp32, a quarter of that where four processes share them."""
     sizes = {"n_layers": 1, "d_model": 2, "n_heads": 1, "d_ff": 1, "context_length": 2, "family": "gpt2"}
     large = needed(config(model=sizes), CPU, 10**6, 1)
     assert large == pytest.approx(5 * 4 * 2 * 10**6, rel=0.01)

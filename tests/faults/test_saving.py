@@ -87,7 +87,7 @@ def test_each_process_writes_its_rows(background: bool, tiny: Flags, tmp_path: P
 @pytest.mark.slow
 @pytest.mark.fault(2)
 def test_rows_of_copies_killed_and_started_again(tiny: Flags, tmp_path: Path) -> None:
-    """Two copies in two parts: one copy writes. Killed on either of its processes; ended on one process as on four."""
+    """Two copies in two parts: one copy writes. Killed on either of its processes, it ends as if it had not been."""
     knobs, program = (
         SHARED | {"run__shard": "node", "checkpoint__every": 4, "training__hang_timeout": 20},
         changed(tmp_path, ROWS),

@@ -93,9 +93,7 @@ def test_muon_in_two_parts_has_the_bytes_of_two_whole_models(tiny: Flags, tmp_pa
 @pytest.mark.slow
 def test_compiled_in_parts(tiny: Flags, tmp_path: Path) -> None:
     """Each block for itself, and once for training and once for evaluation, however long the text that is written."""
-    rates = {"regularizers__stochastic_depth": 0.2, "regularizers__residual_dropout": 0.1}
-    few = ("training__micro_batch_size", "tracking__log_every", "model__d_model")  # the rest would be compiled too
-    knobs = {name: SHARED[name] for name in few} | rates | {"run__compile": "on"}
+    knobs = SHARED | {"run__compile": "on", "regularizers__stochastic_depth": 0.2}
     whole = run(tiny(run__name="whole", **knobs), tmp_path, 2)
     codes, _, errors = end(start(tiny(run__name="parts", run__shard="all", **knobs), tmp_path, 2))
     assert codes == [0, 0] and "recompil" not in errors, errors

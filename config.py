@@ -127,10 +127,11 @@ class Run(Section):
 class Data(Section):
     """The text, its tokens, and the order in which they are seen."""
 
-    corpus: Literal["stdlib", "text", "huggingface"] = "stdlib"
-    """stdlib: the source of Python's own standard library. text: your files. huggingface: a dataset, by name."""
+    corpus: Literal["auto", "stdlib", "text", "huggingface"] = "auto"
+    """stdlib: the source of Python's own standard library. text: your files. huggingface: a dataset, by name or as
+    `datasets` saved it. auto: what data.path is; without one, stdlib."""
     path: str | None = None
-    """text: a file or a glob such as 'books/*.txt' (.txt, .jsonl, .parquet). huggingface: the dataset's name."""
+    """A file or a glob such as 'books/*.txt' (text, .jsonl, .parquet), or a dataset's name or directory."""
     subset: str | None = None
     """huggingface: the dataset's configuration."""
     source_split: str = "train"
@@ -165,7 +166,9 @@ class Data(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> Data:
-        if self.corpus != "stdlib" and not self.path:
+        if self.corpus == "stdlib" and self.path:
+            raise ValueError(f"data.corpus=stdlib reads no data.path, and it is {self.path}; leave one of them out")
+        if self.corpus not in ("auto", "stdlib") and not self.path:
             what = "files or a glob" if self.corpus == "text" else "the dataset's name"
             raise ValueError(f"data.corpus={self.corpus} needs data.path ({what})")
         if self.val_fraction + self.test_fraction >= 1:

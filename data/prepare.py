@@ -59,6 +59,8 @@ def prepare(config: Data, root: Path | str = "corpora", quiet: bool = False, sha
     a split empty; nothing is left behind then.
     """
     source = open_source(config)
+    if not quiet:
+        print(f"data       {source.describe}", flush=True)
     identity = {
         "format": TRANSFORM_FORMAT if config.transform else FORMAT,
         "source": source.identity,

@@ -170,7 +170,10 @@ def test_a_changed_config_is_refused_and_nothing_is_touched(train: Train, tiny: 
     assert all(f"  {knob.replace('__', '.')}: the run has " in refused.stderr for knob in changes)
     assert before == {path: path.read_bytes() for path in run.rglob("*") if path.is_file() and path.name != "lock"}
     # What only watches the run may change.
-    assert train(tiny(training__max_steps=3, tracking__log_every=7, checkpoint__every=2)).returncode == 0
+    assert (
+        train(tiny(training__max_steps=3, tracking__log_every=7, checkpoint__every=2, data__corpus="auto")).returncode
+        == 0
+    )
 
 
 def test_starting_afresh_moves_the_old_run_aside(train: Train, tiny: Flags, tmp_path: Path) -> None:

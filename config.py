@@ -375,7 +375,8 @@ class Regularizers(Section):
     l2: float = knob(0.0, "weights", typical=1e-4, ge=0)
     """Adds 2 * this * w to the gradient of decayed weights; unlike weight_decay it goes through Adam's scaling."""
     ema_decay: float = knob(0.0, "average", typical=0.999, ge=0, lt=1)
-    """Evaluates a moving average of the weights: average <- this * average + (1 - this) * weights (Tarvainen 2017)."""
+    """Evaluates a moving average of the weights: average <- this * average + (1 - this) * weights (Tarvainen 2017). In
+    step t it is at most (1 + t) / (10 + t): a short run's average forgets its beginning, too."""
     swa_start: float | None = knob(None, "average", typical=0.75, off=None, ge=0, lt=1)
     """Evaluates the equal average of the weights from this fraction of the run on (Polyak 1992, Izmailov 2018)."""
     swa_every: int = knob(1, "modifier", typical=10, off=1, ge=1)

@@ -491,6 +491,8 @@ class Checkpoint(Section):
 
     every: int | None = Field(None, ge=1)
     """Steps between checkpoints. null: at each evaluation. The best and the last are always saved."""
+    minutes: float | None = Field(10, gt=0)
+    """A checkpoint is also saved when the last was saved so many minutes ago. null: never for that."""
     keep: int = Field(2, ge=1)
     """Newest checkpoints that are kept beside the best."""
     at: list[int | str] = []

@@ -137,6 +137,17 @@ def test_watching_changes_no_weight(reference: Path, train: Train, tiny: Flags, 
     assert weights(tmp_path / "runs/tiny", 24) == weights(reference, 24)
 
 
+def test_a_checkpoint_is_saved_when_the_last_is_too_long_ago(
+    reference: Path, train: Train, tiny: Flags, tmp_path: Path
+) -> None:
+    """After every step, when any time is too long; and no bit of the weights is another."""
+    flags = tiny(**DROPOUT, evaluation__every=24, checkpoint__minutes=1e-6, checkpoint__keep=30)
+    assert train(flags).returncode == 0
+    run = tmp_path / "runs/tiny"
+    assert sorted(read_state(path)["step"] for path in existing(run / "checkpoints")) == list(range(1, 25))
+    assert weights(run, 24) == weights(reference, 24)
+
+
 @pytest.mark.parametrize(("steps", "traced"), [(3, [5, 6, 7]), (100, [*range(5, 25)])])
 def test_a_profile_changes_no_weight_and_holds_its_steps(
     steps: int, traced: list[int], reference: Path, train: Train, tiny: Flags, tmp_path: Path

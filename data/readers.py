@@ -1,10 +1,14 @@
 """How text is read: files of text, JSON lines or Parquet, and Hugging Face datasets, mended and counted on the way.
 
+Readers yield fragments of documents: pairs of a text of any length, and whether its document ends with it. So a file
+is read a megabyte at a time, however long its documents are; a row of JSON or Parquet is one fragment.
+
 Code that comes with a dataset is never run; the datasets library (>= 4) has no way to do so any more.
 """
 
 from __future__ import annotations
 
+import codecs
 import difflib
 import glob
 import hashlib
@@ -14,7 +18,8 @@ import re
 import sys
 import sysconfig
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -26,6 +31,10 @@ JSON_LINES = (".jsonl", ".ndjson")
 SAVED, SAVED_SPLITS = "state.json", "dataset_dict.json"  # what tells a saved dataset, or several by name
 NOT_STDLIB_TEXT = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__", "lib2to3"}
 LARGEST_SHARE_REPLACED = 0.1  # a file with more invalid bytes than this is no text
+CHUNK = 2**20  # bytes of a file that are read at once
+ROWS = 64  # rows of a Parquet file in memory at once
+
+Fragment = tuple[str, bool]  # a text, and whether its document ends with it
 
 # What is done to the text on the way, in the words that tell of it.
 INVALID = "invalid bytes became U+FFFD"
@@ -55,18 +64,6 @@ class Mended(Counter[str]):
         self[INVALID] += invalid
         self[CRLF] += text.count("\r\n")
         return text.replace("\r\n", "\n")
-
-    def mend_file(self, raw: bytes, path: Path) -> str:
-        """The text of a whole file. Raises BadInput if it looks binary."""
-        way_out = "leave it out of data.path, or convert it to UTF-8 text"
-        if b"\0" in raw:
-            raise BadInput(f"{path} looks binary (byte {raw.index(0):,} is NUL); {way_out}")
-        before = self[INVALID]
-        text = self.mend(self.decode(raw))
-        replaced = self[INVALID] - before
-        if replaced > LARGEST_SHARE_REPLACED * len(raw):
-            raise BadInput(f"{path} is not UTF-8 text ({replaced:,} of {len(raw):,} bytes are invalid); {way_out}")
-        return text
 
 
 # ---------------------------------------------------------------------------------------------- files
@@ -133,21 +130,63 @@ def document_kind(config: Data, file: Path) -> str:
     return config.document
 
 
-def read_files(config: Data, files: list[Path], mended: Mended) -> Iterator[str]:
-    """The documents of local files, in order, mended."""
+def read_files(config: Data, files: list[Path], mended: Mended) -> Iterator[Fragment]:
+    """The documents of local files in fragments, in order, mended."""
     for file in files:
         try:
             kind = document_kind(config, file)
             if kind == "field":
                 parquet = file.suffix.lower() == ".parquet"
                 for place, row in parquet_rows(file, config.text_field) if parquet else json_rows(file, mended):
-                    yield text_of(row, config.text_field, place, mended)
+                    yield text_of(row, config.text_field, place, mended), True
+            elif kind == "line":
+                yield from split_at("\n", read_text(file, mended))
             else:
-                text = mended.mend_file(file.read_bytes(), file)
-                # Not splitlines(), which also breaks at form feeds and U+2028.
-                yield from text.removesuffix("\n").split("\n") if kind == "line" else [text]
+                yield from ((text, False) for text in read_text(file, mended))
+                yield "", True
         except OSError as problem:
             raise cannot_read(file, problem) from problem
+
+
+def read_text(file: Path, mended: Mended) -> Iterator[str]:
+    """The mended text of a file, a megabyte at a time. Raises BadInput if it looks binary."""
+    way_out = "leave it out of data.path, or convert it to UTF-8 text"
+    decoder = codecs.getincrementaldecoder("utf-8")("surrogateescape")
+    before, size, held = mended[INVALID], 0, ""
+    with open(file, "rb") as handle:
+        for raw in chain(iter(partial(handle.read, CHUNK), b""), [b""]):
+            if b"\0" in raw:
+                raise BadInput(f"{file} looks binary (byte {size + raw.index(0):,} is NUL); {way_out}")
+            text = held + decoder.decode(raw, final=not raw)
+            if not size:
+                mended[MARKS] += text.startswith("\ufeff")
+                text = text.removeprefix("\ufeff")
+            held = "\r" if raw and text.endswith("\r") else ""  # its "\n" may begin the next megabyte
+            yield mended.mend(text[: len(text) - len(held)])
+            size += len(raw)
+    replaced = mended[INVALID] - before
+    if replaced > LARGEST_SHARE_REPLACED * size:
+        raise BadInput(f"{file} is not UTF-8 text ({replaced:,} of {size:,} bytes are invalid); {way_out}")
+
+
+def split_at(separator: str, texts: Iterable[str]) -> Iterator[Fragment]:
+    """The documents between separators, in fragments. The texts are one text; a separator may lie across two of them.
+
+    Behind the last separator there is a document only if there is text. (For lines this is not str.splitlines(),
+    which also breaks at form feeds and U+2028.)
+    """
+    rest, unfinished = "", False
+    for text in texts:
+        *documents, rest = (rest + text).split(separator)
+        for document in documents:
+            yield document, True
+        unfinished = bool(rest) or (unfinished and not documents)
+        sure = len(rest) - len(separator) + 1  # what stands behind it may be the beginning of a separator
+        if sure > 0:
+            yield rest[:sure], False
+            rest = rest[sure:]
+    if unfinished:
+        yield rest, True
 
 
 def json_rows(file: Path, mended: Mended) -> Iterator[tuple[str, Any]]:
@@ -163,17 +202,32 @@ def json_rows(file: Path, mended: Mended) -> Iterator[tuple[str, Any]]:
 
 
 def parquet_rows(file: Path, field: str) -> Iterator[tuple[str, Any]]:
-    """Place and text field of the rows of a .parquet file, a thousand rows in memory at a time."""
+    """Place and text field of the rows of a .parquet file, a few rows in memory at a time."""
     import pyarrow
     import pyarrow.parquet
 
     try:
-        table = pyarrow.parquet.ParquetFile(file)
+        table = pyarrow.parquet.ParquetFile(file, buffer_size=CHUNK)  # read by the buffer, not by the row group
         columns = [field] if field in table.schema_arrow.names else None  # all, for the message that it is not there
-        rows = chain.from_iterable(batch.to_pylist() for batch in table.iter_batches(1000, columns=columns))
-        yield from ((f"{file}, row {number}", row) for number, row in enumerate(rows, 1))
+        number = 0
+        for batch in table.iter_batches(ROWS, columns=columns):
+            for row in batch.to_pylist() if columns is None else column_rows(batch, field):
+                number += 1
+                yield f"{file}, row {number}", row
     except pyarrow.ArrowException as problem:
         raise BadInput(f"{file} cannot be read as parquet ({problem}); make it anew or leave it out") from problem
+
+
+def column_rows(batch: Any, field: str) -> Iterator[dict[str, Any]]:
+    """The rows of a pyarrow batch of one column; invalid UTF-8, which it does not refuse, becomes lone surrogates."""
+    import pyarrow
+
+    column = batch.column(0)
+    if pyarrow.types.is_string(column.type) or pyarrow.types.is_large_string(column.type):
+        raws = column.cast(pyarrow.large_binary()).to_pylist()
+        yield from ({field: raw if raw is None else raw.decode("utf-8", "surrogateescape")} for raw in raws)
+    else:
+        yield from batch.to_pylist()
 
 
 def text_of(row: Any, field: str, place: str, mended: Mended) -> str:
@@ -209,7 +263,7 @@ def is_saved_dataset(path: str) -> bool:
     return any(os.path.isfile(os.path.join(os.path.expanduser(path), name)) for name in (SAVED, SAVED_SPLITS))
 
 
-def read_dataset(config: Data, mended: Mended) -> Iterator[str]:
+def read_dataset(config: Data, mended: Mended) -> Iterator[Fragment]:
     """The texts of the dataset's rows, mended. Raises BadInput if it cannot be found or read."""
     import datasets
 
@@ -226,7 +280,7 @@ def read_dataset(config: Data, mended: Mended) -> Iterator[str]:
         if config.text_field in (rows.column_names or []):
             rows = rows.select_columns([config.text_field])
         for number, row in enumerate(rows):
-            yield text_of(row, config.text_field, f"{what}, row {number}", mended)
+            yield text_of(row, config.text_field, f"{what}, row {number}", mended), True
     except BadInput:
         raise
     except Exception as problem:  # the library and its file systems raise what they like

@@ -1,7 +1,7 @@
 """Where the text comes from: Python's own standard library, your files, or a Hugging Face dataset.
 
-A Source yields its documents as often as it is asked, always in the same order, as text that can be written
-as UTF-8: invalid bytes have become U+FFFD, CRLF has become LF, a leading byte-order mark is gone, and each
+A Source yields its documents as often as it is asked, always in the same order, in pieces of text that can be
+written as UTF-8: invalid bytes have become U+FFFD, CRLF has become LF, a leading byte-order mark is gone, and each
 of these has been counted. Nothing here knows of tokens or splits.
 """
 
@@ -18,12 +18,12 @@ import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import islice
 from typing import Any
 
 from config import BadInput, Data
 from data import readers
-from data.readers import Mended
+from data.pieces import Piece, cut, whole
+from data.readers import Fragment, Mended
 
 HUB_NAME = re.compile(r"([\w-]+)/[\w-][\w.-]*")  # of a dataset, its owner first
 FEW_FILES = 100  # below this many files the hash of a document splits too coarsely, and the tail is held out
@@ -43,22 +43,30 @@ class Source:
     identity: dict[str, Any]
     split: str
     n_bytes: int | None
-    read: Callable[[Mended], Iterator[str]]
+    read: Callable[[Mended], Iterator[Fragment]]
     transform: Callable[[str], Any] | None
     max_documents: int | None
     mended: Mended = field(default_factory=Mended)
 
-    def documents(self) -> Iterator[str]:
-        """Every document that is not empty, before the transform, at most ``max_documents`` of them."""
-        self.mended = Mended()
-        return islice(self._not_empty(), self.max_documents)
+    def pieces(self) -> Iterator[Piece]:
+        """Every document that is not empty, in pieces, before the transform, at most ``max_documents`` of them.
 
-    def _not_empty(self) -> Iterator[str]:
-        for text in self.read(self.mended):
-            if text.strip():
-                yield text
-            else:
+        A document longer than a piece is never empty.
+        """
+        self.mended = Mended()
+        documents = 0
+        for piece in cut(self.read(self.mended)):
+            if piece.first and piece.last and not piece.text.strip():
                 self.mended[readers.EMPTY] += 1
+                continue
+            yield piece
+            documents += piece.last
+            if documents == self.max_documents:
+                return
+
+    def documents(self) -> Iterator[str]:
+        """The same documents, each as one text, which must fit into memory."""
+        return whole(self.pieces())
 
     def transformed(self, document: str) -> list[str]:
         """What data.transform makes of one document; empty texts are left out. Raises BadInput if it fails."""
@@ -88,7 +96,7 @@ def open_source(config: Data) -> Source:
     corpus = kind_of(config)
     identity: dict[str, Any] = {"corpus": corpus, "max_documents": config.max_documents}
     split, n_bytes, name = "documents", None, str(config.path)
-    read: Callable[[Mended], Iterator[str]]
+    read: Callable[[Mended], Iterator[Fragment]]
     if corpus == "huggingface":
         if config.document not in ("auto", "field"):
             raise BadInput(f"data.document={config.document} does not fit a dataset, made of rows; use auto")

@@ -13,7 +13,6 @@ from __future__ import annotations
 import difflib
 import json
 import os
-import re
 import sys
 from collections.abc import Iterable, Iterator
 from itertools import chain
@@ -24,6 +23,7 @@ import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from config import BadInput
+from data.pieces import Piece, cut
 from files import sha256
 
 END_OF_TEXT = "<|endoftext|>"
@@ -33,11 +33,6 @@ TOKENIZER, CONFIG = TOKENIZER_FILES = "tokenizer.json", "tokenizer_config.json" 
 PIECE = 65_536  # characters of a piece at most
 BATCH = 2**20  # characters encoded at once, over all cores
 BPE_CHARACTERS = 10**9  # a BPE's merges are settled long before so much text
-
-# Everything up to the last place where a pre-tokenizer breaks whether or not it sees the other side: behind a single
-# newline, or between a letter and white space. (Behind any newline would not do: GPT-2's pattern breaks "a\n\nb"
-# between the newlines, but does not break "a\n\n" at the end of a piece.)
-UP_TO_A_CLEAN_CUT = re.compile(r".+(?:(?<=\S\n)(?=\S)|(?<=[^\W\d_])(?=\s))", re.DOTALL)
 
 # The parts of a tokenizer.json that put a space before a text, and what makes them leave it out.
 NO_PREFIX: dict[str, dict[str, Any]] = {
@@ -80,9 +75,9 @@ def train_bpe(documents: Iterable[str], vocab_size: int, quiet: bool = True) -> 
 
     def texts() -> Iterator[str]:
         left = BPE_CHARACTERS
-        for piece in chain.from_iterable(map(pieces, documents)):
-            yield piece
-            left -= len(piece)
+        for piece in cut(((document, True) for document in documents), PIECE):
+            yield piece.text
+            left -= len(piece.text)
             if left <= 0:
                 return
 
@@ -225,45 +220,26 @@ def encode_documents(tokenizer: Tokenizer, documents: Iterable[str]) -> Iterator
     limit = PIECE if cuts_cleanly(tokenizer, rest) else sys.maxsize
     ids: list[np.ndarray] = []  # of the document that the next piece belongs to
     for batch in batches(documents, limit):
-        first = iter(tokenizer.encode_batch_fast([text for text, is_first, _ in batch if is_first], False, False))
-        later = iter(rest.encode_batch_fast([text for text, is_first, _ in batch if not is_first], False, False))
-        for _, is_first, is_last in batch:
-            ids.append(np.array(next(first if is_first else later).ids, dtype=np.uint32))
-            if is_last:
+        firsts = iter(tokenizer.encode_batch_fast([text for text, first, _ in batch if first], False, False))
+        others = iter(rest.encode_batch_fast([text for text, first, _ in batch if not first], False, False))
+        for _, first, last in batch:
+            ids.append(np.array(next(firsts if first else others).ids, dtype=np.uint32))
+            if last:
                 yield np.concatenate(ids)
                 ids = []
 
 
-def batches(documents: Iterable[str], limit: int) -> Iterator[list[tuple[str, bool, bool]]]:
-    """The pieces of all documents in order, a million characters at a time.
-
-    With each piece comes whether it is the first and whether it is the last of its document.
-    """
-    batch: list[tuple[str, bool, bool]] = []
+def batches(documents: Iterable[str], limit: int) -> Iterator[list[Piece]]:
+    """The pieces of all documents in order, a million characters at a time."""
+    batch: list[Piece] = []
     characters = 0
-    for document in documents:
-        left = len(document)
-        for piece in pieces(document, limit) if document else [""]:
-            batch.append((piece, left == len(document), left == len(piece)))
-            left -= len(piece)
-            characters += len(piece)
-            if characters >= BATCH:
-                yield batch
-                batch, characters = [], 0
+    for piece in cut(((document, True) for document in documents), limit):
+        batch.append(piece)
+        characters += len(piece.text)
+        if characters >= BATCH:
+            yield batch
+            batch, characters = [], 0
     yield batch
-
-
-def pieces(text: str, limit: int = PIECE) -> Iterator[str]:
-    """``text`` in pieces of at most ``limit`` characters, cut where no token reaches across if possible."""
-    start = 0
-    while len(text) - start > limit:
-        end = start + limit
-        clean = UP_TO_A_CLEAN_CUT.match(text, start, end + 1)
-        cut = clean.end() if clean else end
-        yield text[start:cut]
-        start = cut
-    if start < len(text):
-        yield text[start:]
 
 
 def without_prefix(tokenizer: Tokenizer) -> Tokenizer:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import tracemalloc
 from pathlib import Path
 
 import datasets
@@ -13,7 +14,8 @@ import pyarrow.parquet
 import pytest
 
 from config import BadInput, Data
-from data.readers import CRLF, EMPTY, INVALID, MARKS
+from data import readers
+from data.readers import CRLF, EMPTY, INVALID, MARKS, Mended, read_text, split_at
 from data.sources import FEW_FILES, Source, kind_of, open_source, short_name
 
 
@@ -80,6 +82,10 @@ def test_what_a_document_is(tmp_path: Path) -> None:
     table = pyarrow.table({"body": ["x", None, "yé"], "n": [1, 2, 3]})
     pyarrow.parquet.write_table(table, tmp_path / "t.parquet", row_group_size=1)
     assert list(text_source(tmp_path / "t.parquet", text_field="body").documents()) == ["x", "yé"]
+    column = pyarrow.array([b"a\xff\r\n", b"b"] * 100).view(pyarrow.string())
+    pyarrow.parquet.write_table(pyarrow.table({"text": column}), tmp_path / "t.parquet")
+    source = text_source(tmp_path / "t.parquet")
+    assert list(source.documents()) == ["a\ufffd\n", "b"] * 100 and source.mended[INVALID] == 100
 
 
 def test_auto_split(tmp_path: Path) -> None:
@@ -110,6 +116,57 @@ def test_invalid_bytes_crlf_and_marks_are_mended_and_counted(tmp_path: Path) -> 
     source = text_source(lonely)
     assert list(source.documents()) == ["a\ufffdb\n"]
     assert (source.mended[INVALID], source.mended[CRLF], source.mended[MARKS]) == (1, 1, 1)
+
+
+def test_a_file_reads_the_same_in_chunks_of_any_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Marks, CRLF, characters of four bytes and invalid bytes lie across chunks, wherever those end."""
+    raw = (
+        b"\xef\xbb\xbfa\r\nb\r\r\n\r"
+        + "é日🙂\ufeff".encode()
+        + b"\xe2\x82 \xed\xa0\x80\xf0\x9f\x99z"
+        + b"." * 99
+        + b"\r"
+    )
+    (tmp_path / "t.txt").write_bytes(raw)
+    expected = raw[3:].decode("utf-8", "surrogateescape").replace("\r\n", "\n")
+    expected = "".join("\ufffd" if "\ud800" <= character <= "\udfff" else character for character in expected)
+    for size in (*range(3, 20), len(raw), 1000):
+        monkeypatch.setattr(readers, "CHUNK", size)
+        mended = Mended()
+        texts = list(read_text(tmp_path / "t.txt", mended))
+        assert "".join(texts) == expected and all(len(text) <= size + 4 for text in texts)
+        assert (mended[MARKS], mended[CRLF], mended[INVALID]) == (1, 2, 8)
+
+
+@pytest.mark.parametrize("separator", ["\n", "<|endoftext|>", "abab"])
+def test_documents_between_separators(separator: str) -> None:
+    """As str.split has them, however the text comes, but for an empty one behind the last separator."""
+    for text in ("", "x", separator, f"x{separator}", f"{separator}x", f"one{separator}two{separator}{separator}x<|ab"):
+        documents = text.split(separator)
+        if documents[-1] == "":
+            documents.pop()
+        for size in range(1, len(text) + 2):
+            found, unfinished = [], ""
+            for part, ends in split_at(separator, [text[at : at + size] for at in range(0, len(text), size)]):
+                unfinished += part
+                if ends:
+                    found.append(unfinished)
+                    unfinished = ""
+            assert (found, unfinished) == (documents, "")
+
+
+def test_a_document_longer_than_memory_comes_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Eight megabytes as one file, as one line and as lines: reading holds a few of them."""
+    monkeypatch.setattr(readers, "CHUNK", 2**16)
+    (tmp_path / "t.txt").write_text("some words of text " * 420_000)
+    (tmp_path / "lines.txt").write_text("some words of text\n" * 420_000)
+    for path, document in (("t.txt", "file"), ("t.txt", "line"), ("lines.txt", "file"), ("lines.txt", "line")):
+        source = text_source(tmp_path / path, document=document)
+        tracemalloc.start()
+        assert sum(len(piece.text) for piece in source.pieces()) >= 420_000 * 18
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert peak < 5_500_000
 
 
 @pytest.mark.fault(31)

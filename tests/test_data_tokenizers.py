@@ -18,7 +18,6 @@ from data.tokenizers import (
     encode_documents,
     end_of_text,
     load_tokenizer,
-    pieces,
     plain,
     tokenizer_identity,
     train_bpe,
@@ -109,15 +108,6 @@ def test_code_in_pieces_equals_code_in_one_piece(library: list[str], bpe: Tokeni
     text = "".join(library)
     (ids,) = encode_documents(bpe, [text])
     assert ids.tolist() == bpe.encode(text, add_special_tokens=False).ids
-
-
-def test_pieces_are_bounded_and_lose_nothing() -> None:
-    for text in (prose(40_000, [" "]), "x" * 300_000, " " * 200_001, "\n" * 70_000, "a\n" * 50_000, "é", ""):
-        parts = list(pieces(text))
-        assert "".join(parts) == text
-        assert all(0 < len(part) <= PIECE for part in parts)
-        assert len(parts) <= 2 * len(text) / PIECE + 1
-    assert list(pieces("one two\nthree\n\nfour", 8)) == ["one two\n", "three", "\n\nfour"]
 
 
 def test_documents_keep_their_order_and_borders(bpe: Tokenizer) -> None:

@@ -131,7 +131,8 @@ class Data(Section):
     """stdlib: the source of Python's own standard library. text: your files. huggingface: a dataset, by name or as
     `datasets` saved it. auto: what data.path is; without one, stdlib."""
     path: str | None = None
-    """A file or a glob such as 'books/*.txt' (text, .jsonl, .parquet), or a dataset's name or directory."""
+    """A file or a glob such as 'books/*.txt' (text; .jsonl, .json, .csv, .tsv and .parquet have fields; .gz, .bz2, .xz
+    or .zst may follow), an address (s3://, gs://, hf://, https://), or a dataset's name or directory."""
     subset: str | None = None
     """huggingface: the dataset's configuration."""
     source_split: str = "train"
@@ -140,6 +141,8 @@ class Data(Section):
     """The field (JSON key, column) that holds the text."""
     document: Literal["auto", "file", "line", "field"] = "auto"
     """What one document is. auto: a field for .jsonl, .parquet and datasets, else a file."""
+    separator: str | None = Field(None, min_length=1)
+    """Plain text: what stands between two documents of a file, such as <|endoftext|>. null: a file is a document."""
     streaming: bool = False
     """huggingface: read without downloading the whole dataset first."""
     max_documents: int | None = Field(None, ge=1)
@@ -171,6 +174,8 @@ class Data(Section):
         if self.corpus not in ("auto", "stdlib") and not self.path:
             what = "files or a glob" if self.corpus == "text" else "the dataset's name"
             raise ValueError(f"data.corpus={self.corpus} needs data.path ({what})")
+        if self.separator is not None and self.document != "auto":
+            raise ValueError("data.separator says what a document is; leave data.document at auto")
         if self.val_fraction + self.test_fraction >= 1:
             raise ValueError("data.val_fraction + data.test_fraction must leave something to train on (be below 1)")
         return self

@@ -98,7 +98,9 @@ def open_source(config: Data) -> Source:
     split, n_bytes, name = "documents", None, str(config.path)
     read: Callable[[Mended], Iterator[Fragment]]
     if corpus == "huggingface":
-        if config.document not in ("auto", "field"):
+        if os.path.isfile(name):
+            raise BadInput(f"data.path={name} is a file and no dataset; leave data.corpus at auto, and it is read")
+        if config.document not in ("auto", "field") or config.separator:
             raise BadInput(f"data.document={config.document} does not fit a dataset, made of rows; use auto")
         describe = f"dataset {name}, {config.subset + ', ' if config.subset else ''}split {config.source_split}"
         identity |= readers.dataset_identity(config)
@@ -114,8 +116,10 @@ def open_source(config: Data) -> Source:
         identity |= {"document": sorted(kinds), **readers.files_identity(base, files)}
         if "field" in kinds:
             identity["text_field"] = config.text_field
-        else:
+        elif not any(map(readers.is_compressed, files)):
             n_bytes = identity["bytes"]
+        if "separated" in kinds:
+            identity["separator"] = config.separator
         if corpus == "text" and kinds == {"file"} and len(files) < FEW_FILES:
             split = "tail"
         read = partial(readers.read_files, config, files)

@@ -437,8 +437,8 @@ class Training(Section):
     global_batch_size: int = Field(16, ge=1)
     """Sequences of one optimizer step, over all processes and micro-batches."""
     micro_batch_size: Literal["auto"] | Count | None = None
-    """Sequences that go through the model at once on one device. null: global_batch_size. auto: the most that its
-    memory holds, found when the run begins, by arithmetic, and kept when it goes on."""
+    """Sequences that go through the model at once on one device. null: the share of each process. auto: the most that
+    its memory holds. Both are found when the run begins, by arithmetic, and kept when it goes on."""
     deterministic: Literal["fast", "ordinary", "strict"] = "ordinary"
     """ordinary: a run repeats bit for bit on the same hardware. strict: on any number of processes with equal
     run.threads; costs memory and time. fast: GPUs may choose faster sums that do not repeat; no change on a CPU."""
@@ -462,7 +462,7 @@ class Training(Section):
 
     @property
     def micro_size(self) -> int:
-        """Sequences of one micro-batch, the null resolved; of auto the most that there can be."""
+        """Sequences of one micro-batch; of null and auto the most that there can be."""
         size = self.micro_batch_size
         return size if isinstance(size, int) else self.global_batch_size
 

@@ -10,6 +10,7 @@ import os
 import sys
 from typing import TYPE_CHECKING
 
+import scripts as scripts  # first of all it says when another Python than the project's is used
 from command_line import parse
 from config import BadInput, Config
 from program import import_torch, run

@@ -83,7 +83,7 @@ class Shuffled:
     """A split with its documents in another order."""
 
     split: Split
-    order: np.ndarray  # [n_documents]: which document of the split comes first, second, ...
+    starts_before: np.ndarray  # [n_documents]: where the document that comes first, second, ... begins in the split
     document_starts: np.ndarray  # [n_documents]: where each of them begins now
     document_ends: np.ndarray  # [n_documents]: and where it ends
 
@@ -93,10 +93,14 @@ class Shuffled:
         index = int(np.searchsorted(self.document_starts, begin, side="right")) - 1
         while begin < end:
             stop = min(int(self.document_ends[index]), end)
-            shift = int(self.split.document_starts[self.order[index]] - self.document_starts[index])
+            shift = int(self.starts_before[index] - self.document_starts[index])
             parts.append(self.split.read(begin + shift, stop + shift))
             begin, index = stop, index + 1
         return np.concatenate(parts)
+
+    def starts(self, begin: int, end: int) -> np.ndarray:
+        """Where documents begin among tokens begin..end of the new stream, int64, ascending."""
+        return self.document_starts[slice(*np.searchsorted(self.document_starts, (begin, end)))]
 
 
 @dataclass(frozen=True)
@@ -166,9 +170,10 @@ class TrainingLoader:
         if not self.shuffle_documents:
             return Epoch(offset, order, split)
         documents = numpy_generator(self.seed, "document order", number).permutation(split.n_documents)
-        lengths = np.diff(split.document_starts, append=split.n_tokens)[documents]
+        starts = split.document_starts(0, split.n_documents)
+        lengths = np.diff(starts, append=split.n_tokens)[documents]
         ends = np.cumsum(lengths)
-        return Epoch(offset, order, Shuffled(split, documents, ends - lengths, ends))
+        return Epoch(offset, order, Shuffled(split, starts[documents], ends - lengths, ends))
 
 
 class Batches:
@@ -263,8 +268,7 @@ def make_batch(
         is_start_BT = np.zeros((len(windows), length), dtype=np.int64)
         for row, (stream, begin) in zip(is_start_BT, windows, strict=True):
             # The first document shown is number 0, whether it begins here or was cut.
-            first, last = np.searchsorted(stream.document_starts, (begin + 1, begin + length))
-            row[stream.document_starts[first:last] - begin] = 1
+            row[stream.starts(begin + 1, begin + length) - begin] = 1
         index_T = np.arange(length)
         positions_BT = torch.from_numpy(index_T - np.maximum.accumulate(is_start_BT * index_T, axis=1))
         documents_BT = torch.from_numpy(np.cumsum(is_start_BT, axis=1))

@@ -1,13 +1,16 @@
-"""A prepared corpus, checked when it is opened and read through a memory map.
+"""A prepared corpus, read through memory maps: opening it reads its manifest and no shard, whatever its size.
 
 Whatever differs from the manifest is refused before it is used: names that lead elsewhere, sizes, checksums,
-headers. Only JSON and safetensors are read; nothing is ever unpickled.
+headers, and where documents begin, of each shard when that is first asked for. Only JSON and safetensors are read;
+nothing is ever unpickled.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_right
 from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import pairwise
 from operator import attrgetter
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -22,6 +25,7 @@ from config import BadInput, all_errors
 from data.tokenizers import plain, vocabulary_size
 
 Count = Annotated[int, Field(ge=0)]
+DTYPES = {"U16": "<u2", "U32": "<u4", "I64": "<i8"}  # safetensors' names and NumPy's
 
 
 class FileEntry(BaseModel, strict=True):
@@ -60,6 +64,8 @@ class Manifest(BaseModel, strict=True):
             sums = [sum(shard.tokens for shard in split.shards), sum(shard.documents for shard in split.shards)]
             if sums != [split.tokens, split.documents]:
                 raise ValueError(f"the counts of the shards of {name} do not add up to those of the split")
+            if split.shards and not split.shards[0].documents:
+                raise ValueError(f"no document begins in the first shard of {name}")
         if self.end_of_text >= self.vocab_size:
             raise ValueError("end_of_text is outside the vocabulary")
         return self
@@ -67,30 +73,109 @@ class Manifest(BaseModel, strict=True):
 
 @dataclass(frozen=True)
 class Shard:
-    """One verified file: its ``tokens``, a slice of which reads them, are first..first + n_tokens of the split."""
+    """Tokens first..first + n_tokens of a split, and those of its documents, from first_document on, that begin there.
+
+    Slices of ``tokens`` and ``index`` (where the documents begin, from the shard's own first token) read them.
+    """
 
     path: Path
     first: int
     n_tokens: int
+    first_document: int
+    n_documents: int
     tokens: Any
+    index: Any
+
+    @cached_property
+    def starts(self) -> np.ndarray:
+        """The whole ``index``, int64 [n_documents], checked when it is first used; raises BadInput if it is damaged."""
+        starts: np.ndarray = self.index[: self.n_documents]
+        inside = not len(starts) or (starts[0] >= 0 and starts[-1] < self.n_tokens)
+        late = self.first == 0 and starts[0] != 0  # the first document begins with the split
+        if late or not inside or not (starts[1:] > starts[:-1]).all():
+            raise BadInput(f"document_starts of {self.path} are out of order; {way_out(self.path.parent)}")
+        return starts
+
+
+class ShardFile:
+    """The tensors of one file of a corpus, opened and compared with its manifest when they are first read."""
+
+    def __init__(self, directory: Path, entry: dict[str, Any], dtype: str) -> None:
+        self.path, self.size = directory / entry["file"], entry["size"]
+        self.expected = {"document_starts": ["I64", entry["documents"]], "tokens": [dtype, entry["tokens"]]}
+
+    @cached_property
+    def tensors(self) -> dict[str, np.ndarray]:
+        """By name, each a view of the memory map. Raises BadInput for a header that does not fit the manifest."""
+        import torch
+
+        try:
+            header: Any = safe_open(self.path, framework="np")  # checks that the tensors fill the file without holes
+            found = {key: header.get_slice(key) for key in header.offset_keys()}
+            if {key: [tensor.get_dtype(), *tensor.get_shape()] for key, tensor in found.items()} != self.expected:
+                raise BadInput(f"the header of {self.path} does not fit its manifest; {way_out(self.path.parent)}")
+            # NumPy's memory map would keep the file open, and a process may open only some hundred.
+            contents = torch.from_file(str(self.path), shared=False, size=self.size, dtype=torch.uint8).numpy()
+        except (SafetensorError, OSError, RuntimeError) as problem:
+            raise BadInput(f"{self.path} cannot be read ({problem}); {way_out(self.path.parent)}") from problem
+        types = {key: np.dtype(DTYPES[self.expected[key][0]]) for key in found}
+        sizes = [types[key].itemsize * self.expected[key][1] for key in found]
+        ends = np.cumsum([self.size - sum(sizes), *sizes]).tolist()
+        return {
+            key: contents[begin:end].view(types[key]) for key, (begin, end) in zip(found, pairwise(ends), strict=True)
+        }
+
+
+@dataclass(frozen=True)
+class Part:
+    """One tensor of a file, a slice of which reads it."""
+
+    file: ShardFile
+    name: str
+
+    def __getitem__(self, part: slice) -> np.ndarray:
+        return self.file.tensors[self.name][part]
 
 
 @dataclass(frozen=True)
 class Split:
-    """A stream of ``n_tokens`` tokens. ``document_starts`` (int64, ascending, the first is 0) points at the
-    end-of-text token that each document begins with. ``n_bytes`` is the UTF-8 size of the text."""
+    """A stream of ``n_tokens`` tokens, its documents end to end; ``n_bytes`` is the UTF-8 size of their text.
+
+    Opening one reads no file. A document begins with its end-of-text token.
+    """
 
     name: str
     shards: tuple[Shard, ...]
     n_tokens: int
     n_bytes: int
-    document_starts: np.ndarray
     vocab_size: int
 
     @property
     def n_documents(self) -> int:
         """Number of documents, the last of a head perhaps cut short."""
-        return len(self.document_starts)
+        return self.documents_before(self.n_tokens)
+
+    def documents_before(self, token: int) -> int:
+        """How many documents begin before ``token``."""
+        if token <= 0:
+            return 0
+        shard = self.shards[bisect_right(self.shards, token - 1, key=attrgetter("first")) - 1]
+        return shard.first_document + int(np.searchsorted(shard.starts, token - shard.first))
+
+    def document_starts(self, first: int, last: int) -> np.ndarray:
+        """The tokens that documents first..last begin with, int64 [last - first], ascending."""
+        parts = [np.zeros(0, np.int64)]
+        index = bisect_right(self.shards, first, key=attrgetter("first_document")) - 1
+        while first < last:
+            shard = self.shards[index]
+            part = shard.starts[first - shard.first_document : last - shard.first_document] + shard.first
+            parts.append(part)
+            first, index = first + len(part), index + 1
+        return np.concatenate(parts)
+
+    def starts(self, begin: int, end: int) -> np.ndarray:
+        """Where documents begin among tokens begin..end, int64, ascending."""
+        return self.document_starts(self.documents_before(begin), self.documents_before(end))
 
     def read(self, start: int, stop: int) -> np.ndarray:
         """Tokens start..stop as int64 of shape [stop - start].
@@ -105,9 +190,10 @@ class Split:
             shard = self.shards[index]
             offset = start + done - shard.first
             part = shard.tokens[offset : min(stop - shard.first, shard.n_tokens)]
-            if (unknown := np.flatnonzero(part >= self.vocab_size)).size:
+            if part.max(initial=0) >= self.vocab_size:
+                place = int(np.flatnonzero(part >= self.vocab_size)[0])
                 raise BadInput(
-                    f"{shard.path} holds token {part[unknown[0]]} at offset {offset + unknown[0]}, but the vocabulary "
+                    f"{shard.path} holds token {part[place]} at offset {offset + place}, but the vocabulary "
                     f"has only {self.vocab_size} entries; {way_out(shard.path.parent)}"
                 )
             tokens[done : done + len(part)] = part
@@ -118,9 +204,7 @@ class Split:
         """The first ``n_tokens`` tokens (all, if there are fewer). Its ``n_bytes`` is in proportion, not counted."""
         if n_tokens >= self.n_tokens:
             return self
-        starts = self.document_starts[: int(np.searchsorted(self.document_starts, n_tokens))]
-        n_bytes = round(self.n_bytes * n_tokens / self.n_tokens)
-        return replace(self, n_tokens=n_tokens, n_bytes=n_bytes, document_starts=starts)
+        return replace(self, n_tokens=n_tokens, n_bytes=round(self.n_bytes * n_tokens / self.n_tokens))
 
 
 @dataclass(frozen=True)
@@ -181,30 +265,17 @@ class Corpus:
         return len(self.tokenizer().decode(split.read(0, n_tokens).tolist()).encode()) / (n_tokens - 1)
 
     def split(self, name: str) -> Split:
-        """The split "train", "val" or "test"; raises BadInput if there is none, or if its index is damaged."""
+        """The split "train", "val" or "test", of which nothing is read yet; raises BadInput if there is none."""
         if name not in self.manifest["splits"]:
             there = ", ".join(self.manifest["splits"])
             raise BadInput(f"{self.directory} has no {name} split, only {there}; see data.{name}_fraction")
-        entry, dtype = self.manifest["splits"][name], self.manifest["dtype"]
-        shards, starts, first = [], [np.zeros(0, np.int64)], 0
+        entry, shards, first, document = self.manifest["splits"][name], list[Shard](), 0, 0
         for shard in entry["shards"]:
-            path = self.directory / shard["file"]
-            expected = {"document_starts": ["I64", shard["documents"]], "tokens": [dtype, shard["tokens"]]}
-            try:
-                handle: Any = safe_open(path, framework="np")  # checks the file's header and allocates nothing
-                tensors = {key: handle.get_slice(key) for key in handle.offset_keys()}
-                if {key: [tensor.get_dtype(), *tensor.get_shape()] for key, tensor in tensors.items()} != expected:
-                    raise BadInput(f"the header of {path} does not fit its manifest; {way_out(self.directory)}")
-                starts.append(handle.get_tensor("document_starts") + first)
-            except (SafetensorError, OSError) as problem:
-                raise BadInput(f"{path} cannot be read ({problem}); {way_out(self.directory)}") from problem
-            shards.append(Shard(path, first, shard["tokens"], tensors["tokens"]))
-            first += shard["tokens"]
-        document_starts = np.concatenate(starts)
-        ascending = len(document_starts) and document_starts[0] == 0 and bool((np.diff(document_starts) > 0).all())
-        if not ascending or document_starts[-1] >= first:
-            raise BadInput(f"document_starts of {self.directory / name}-* are out of order; {way_out(self.directory)}")
-        return Split(name, tuple(shards), first, entry["bytes"], document_starts, self.vocab_size)
+            file = ShardFile(self.directory, shard, self.manifest["dtype"])
+            place = first, shard["tokens"], document, shard["documents"]
+            shards.append(Shard(file.path, *place, Part(file, "tokens"), Part(file, "document_starts")))
+            first, document = first + shard["tokens"], document + shard["documents"]
+        return Split(name, tuple(shards), first, entry["bytes"], self.vocab_size)
 
 
 def way_out(directory: Path) -> str:

@@ -24,7 +24,7 @@ def split_of_documents(directory: Path, lengths: list[int]) -> Split:
     starts = np.cumsum([0, *lengths[:-1]])
     tokens = np.arange(n, dtype=np.uint16)
     tokens[starts] = END
-    return Split("train", (Shard(directory / "x", 0, n, tokens),), n, n, starts, END + 1)
+    return Split("train", (Shard(directory / "x", 0, n, 0, len(starts), tokens, starts),), n, n, END + 1)
 
 
 def stream(directory: Path, n: int) -> Split:
@@ -132,7 +132,7 @@ def test_a_batch_may_straddle_epochs(tmp_path: Path) -> None:
 def test_shuffled_documents_are_whole(tmp_path: Path) -> None:
     lengths = [7, 30, 5, 60, 19, 1, 2]
     split = split_of_documents(tmp_path, lengths)
-    starts = split.document_starts.tolist()
+    starts = split.starts(0, split.n_tokens).tolist()
     documents = [split.read(s, s + n).tolist() for s, n in zip(starts, lengths, strict=True)]
     loader = loader_of(split, batch=1, shuffle="documents")
     firsts = set()

@@ -34,6 +34,7 @@ def open_all(directory: Path) -> None:
     for name in corpus.manifest["splits"]:
         split = corpus.split(name)
         split.read(0, split.n_tokens)
+        split.starts(0, split.n_tokens)
 
 
 def refusal(directory: Path) -> str:
@@ -80,7 +81,7 @@ def test_head(tmp_path: Path) -> None:
     (tmp_path / "t.txt").write_text("".join(f"line {n}\n" for n in range(100)))
     config = Data(corpus="text", path=str(tmp_path / "t.txt"), tokenizer="byte", document="line")
     train = Corpus.open(prepare(config, tmp_path / "c", quiet=True)).split("train")
-    starts = train.document_starts
+    starts = train.starts(0, train.n_tokens)
     head = train.head(int(starts[3]) + 2)
     assert (head.n_documents, head.n_tokens) == (4, starts[3] + 2)
     assert train.head(int(starts[3])).n_documents == 3
@@ -205,12 +206,57 @@ def test_hostile_headers_are_refused_before_anything_is_allocated(directory: Pat
         assert name in refusal(directory)
 
 
-def test_document_starts_out_of_order_are_refused(directory: Path) -> None:
-    for starts in ([5], [-1], [10**12]):
-        tokens = np.array([256, *b"abcdefghij" * 2], dtype=np.uint16)
+def test_where_documents_begin_across_shards(tmp_path: Path) -> None:
+    """Each document begins with 256, which bytes never are; some go on over shards in which none begins."""
+    lines = ["x" * length for length in (3, 1, 40, 2, 2, 25, 7, 1, 1, 60)] * 5
+    (tmp_path / "t.txt").write_text("\n".join(lines))
+    config = Data(corpus="text", path=str(tmp_path / "t.txt"), tokenizer="byte", document="line", test_fraction=0)
+    config = config.model_copy(update={"val_fraction": 0.3})
+    corpus = Corpus.open(prepare(config, tmp_path / "c", quiet=True, shard_tokens=10))
+    for name in ("train", "val"):
+        split = corpus.split(name)
+        assert any(shard.n_documents == 0 for shard in split.shards[:-1]) or name == "val"
+        expected = np.flatnonzero(split.read(0, split.n_tokens) == corpus.end_of_text)
+        assert split.n_documents == len(expected)
+        for begin in range(0, split.n_tokens, 3):
+            assert split.documents_before(begin) == (expected < begin).sum()
+            for end in range(begin, min(begin + 60, split.n_tokens) + 1, 7):
+                inside = (begin <= expected) & (expected < end)
+                assert split.starts(begin, end).tolist() == expected[inside].tolist()
+        for first in range(len(expected)):
+            assert split.document_starts(first, len(expected)).tolist() == expected[first:].tolist()
+
+
+def test_document_starts_out_of_order_are_refused_when_they_are_used(directory: Path) -> None:
+    tokens = np.array([256, *b"abcdefghij" * 2], dtype=np.uint16)
+    for starts in ([5], [-1], [10**12], [0, 9, 5], [0, 9, 9], [0, 21]):
         save_file({"document_starts": np.array(starts), "tokens": tokens}, directory / "x")
         rewrite(directory, "val-00000.safetensors", (directory / "x").read_bytes())
+
+        def count(manifest: dict[str, Any], documents: int = len(starts)) -> None:
+            manifest["splits"]["val"]["shards"][0]["documents"] = manifest["splits"]["val"]["documents"] = documents
+
+        edit_manifest(directory, count)
+        val = Corpus.open(directory).split("val")
+        assert val.read(0, 21).tolist() == tokens.tolist()  # windows do without the index, and never read it
         assert "document_starts" in refusal(directory)
+        with pytest.raises(BadInput, match=r"document_starts of .*val-00000.safetensors are out of order"):
+            val.starts(3, 4)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="open files are counted in /proc")
+def test_shards_are_opened_when_they_are_read_and_none_is_kept_open(tmp_path: Path) -> None:
+    (tmp_path / "t.txt").write_text("abcdefghij" * 500)
+    config = Data(corpus="text", path=str(tmp_path / "t.txt"), tokenizer="byte")
+    train = Corpus.open(prepare(config, tmp_path / "corpora", quiet=True, shard_tokens=30)).split("train")
+    assert len(train.shards) > 100
+    train.shards[7].path.unlink()
+    before = len(os.listdir("/proc/self/fd"))
+    assert train.read(7 * 30 - 2, 7 * 30).tolist() == [*b"hi"]
+    with pytest.raises(BadInput, match=r"train-00007.safetensors cannot be read"):
+        train.read(7 * 30 - 2, 7 * 30 + 1)
+    assert len(train.read(8 * 30, train.n_tokens)) == train.n_tokens - 8 * 30
+    assert len(os.listdir("/proc/self/fd")) <= before + 1
 
 
 @pytest.mark.fault(26)

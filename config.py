@@ -159,7 +159,8 @@ class Data(Section):
     train_tokens: int | None = Field(None, ge=2)
     """Train on only the first so many tokens (to study scarce data)."""
     shuffle: Literal["windows", "documents"] = "windows"
-    """What is permuted anew each epoch: windows of the token stream, or whole documents and then windows."""
+    """What is permuted anew each epoch: windows of the token stream, or whole documents, each among a thousand
+    neighbours, and then windows."""
     isolate_documents: bool = False
     """No token attends to another document; positions restart in each."""
 

@@ -6,17 +6,18 @@ import json
 from pathlib import Path
 
 import pytest
-from oracle import Flags, Train, contents, replace_in_corpus, same_as
+from oracle import Flags, Train, contents, replace_in_checkpoint, replace_in_corpus, same_as
 from safetensors.numpy import load_file, save_file
 
 from command_line import parse
 from config import BadInput
-from data.loader import TrainingLoader
+from data.loader import DATA_ORDER, TrainingLoader
 from data.prepare import prepare
 from data.shards import Corpus
 from data.tokenizers import byte_tokenizer
 from tracking.load_run import run_tokenizer
 from tracking.metrics import read_metrics
+from training.checkpoint import existing, read_state
 
 
 @pytest.mark.fault(26)
@@ -39,7 +40,9 @@ def test_a_token_outside_the_vocabulary_is_told_before_the_step_that_uses_it(
     refused = train(flags)
     assert refused.returncode == 2 and "Traceback" not in refused.stderr
     assert f"{name} holds token 257 at offset {offset}, but the vocabulary has only 257 entries" in refused.stderr
-    assert [record["step"] for record in read_metrics(tmp_path / "runs/tiny")] == list(range(1, using[0] + 1))
+    steps = [record["step"] for record in read_metrics(tmp_path / "runs/tiny")]
+    assert steps == list(range(1, steps[-1] + 1))
+    assert steps[-1] in (using[0], using[0] - 1)  # a step's first micro-batch is read during the step before
 
 
 def refuses(loader: TrainingLoader, step: int) -> bool:
@@ -49,6 +52,29 @@ def refuses(loader: TrainingLoader, step: int) -> bool:
     except BadInput:
         return True
     return False
+
+
+@pytest.mark.fault(30)
+@pytest.mark.parametrize("order", [None, 1, 99])
+def test_a_run_that_saw_the_data_in_another_order_is_refused(
+    order: int | None, interrupted: Path, train: Train, breakable: Flags
+) -> None:
+    """Going on would show it some of the data twice and some not at all; with --run.resume=never it begins anew."""
+    for found in existing(interrupted / "checkpoints"):
+        state = read_state(found)
+        assert state.pop("data_order") == DATA_ORDER
+        state |= {} if order is None else {"data_order": order}
+        replace_in_checkpoint(found, "state.json", json.dumps(state).encode())
+    before = contents(interrupted)
+    refused = train(breakable())
+    assert refused.returncode == 2 and "Traceback" not in refused.stderr
+    assert "step_00000016 is of another version of wellposed, which sees the data in another order" in refused.stderr
+    assert f"(data_order {order or 1}, here {DATA_ORDER})" in refused.stderr
+    assert "--run.resume=never" in refused.stderr and contents(interrupted) == before
+    branch = train(breakable(run__branch_from=interrupted, run__name="branch"))
+    assert branch.returncode == 2 and "in another order" in branch.stderr
+    ended = train(breakable(run__resume="never"))
+    assert ended.returncode == 0, ended.stderr
 
 
 @pytest.mark.fault(28)

@@ -290,7 +290,7 @@ class SplitWriter:
         starts = np.array(self.starts, dtype=np.int64)
         save_file({"tokens": self.buffer[: self.filled], "document_starts": starts}, file)
         counts = {"tokens": self.filled, "documents": len(starts)}
-        self.shards.append({"file": file.name, **files.entry_of(file), **counts})
+        self.shards.append({"file": file.name, **files.entry_in_blocks(file), **counts})
         self.filled, self.starts = 0, array("q")
 
 

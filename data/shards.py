@@ -1,8 +1,13 @@
 """A prepared corpus, read through memory maps: opening it reads its manifest and no shard, whatever its size.
 
-Whatever differs from the manifest is refused before it is used: names that lead elsewhere, sizes, checksums,
-headers, and where documents begin, of each shard when that is first asked for. Only JSON and safetensors are read;
-nothing is ever unpickled.
+Whatever differs from the manifest is refused before it is used. Names that lead elsewhere and sizes are, when the
+corpus is opened. Contents are, when they are first read: the manifest has a hash for each 256 KiB of a shard, and the
+first to read there in a process compares it. So a start costs nothing, all of a file is checked that is used, and no
+process waits for another. (A check of everything at the start takes minutes for a large corpus, and one in the
+background may come after the step that reads what was edited.) The price is that a window of a kilobyte makes 256 be
+read when it is the first: about 0.2 ms on one core each, until all is read once, by the thread that reads ahead.
+
+Only JSON and safetensors are read; nothing is ever unpickled.
 """
 
 from __future__ import annotations
@@ -25,15 +30,17 @@ from config import BadInput, all_errors
 from data.tokenizers import plain, vocabulary_size
 
 Count = Annotated[int, Field(ge=0)]
+DIGITS = 16  # of the hash of a block
 DTYPES = {"U16": "<u2", "U32": "<u4", "I64": "<i8"}  # safetensors' names and NumPy's
 
 
 class FileEntry(BaseModel, strict=True):
-    """What the manifest says of a file; a shard has tokens and documents."""
+    """What the manifest says of a file; a shard has tokens and documents, and blocks, unless it is an old one."""
 
     file: Any  # files.problem_of refuses what is not the name of a plain file
     size: Count
     sha256: str
+    blocks: str = ""
     tokens: Count = 0
     documents: Count = 0
 
@@ -60,6 +67,9 @@ class Manifest(BaseModel, strict=True):
 
     @model_validator(mode="after")
     def _consistent(self) -> Manifest:
+        for entry in self.entries():
+            if entry.blocks and len(entry.blocks) != DIGITS * -(-entry.size // files.BLOCK):
+                raise ValueError(f"the blocks of {entry.file} are not those of {entry.size:,} bytes")
         for name, split in self.splits.items():
             sums = [sum(shard.tokens for shard in split.shards), sum(shard.documents for shard in split.shards)]
             if sums != [split.tokens, split.documents]:
@@ -69,6 +79,10 @@ class Manifest(BaseModel, strict=True):
         if self.end_of_text >= self.vocab_size:
             raise ValueError("end_of_text is outside the vocabulary")
         return self
+
+    def entries(self) -> list[FileEntry]:
+        """The tokenizer, and the shards of all splits by name."""
+        return [self.tokenizer, *(shard for name in sorted(self.splits) for shard in self.splits[name].shards)]
 
 
 @dataclass(frozen=True)
@@ -98,32 +112,64 @@ class Shard:
 
 
 class ShardFile:
-    """The tensors of one file of a corpus, opened and compared with its manifest when they are first read."""
+    """One file of a corpus, opened when it is first read, each block compared with its hash before it is used."""
 
     def __init__(self, directory: Path, entry: dict[str, Any], dtype: str) -> None:
-        self.path, self.size = directory / entry["file"], entry["size"]
+        self.path, self.size, self.blocks = directory / entry["file"], entry["size"], entry["blocks"]
         self.expected = {"document_starts": ["I64", entry["documents"]], "tokens": [dtype, entry["tokens"]]}
+        self.compared: set[int] = set()
+
+    def read(self, name: str, start: int, stop: int) -> np.ndarray:
+        """Elements start..stop of a tensor, a view of the memory map; raises BadInput if the file is damaged there."""
+        begin, tensor = self.tensors[name]
+        self._compare(begin + start * tensor.itemsize, begin + stop * tensor.itemsize)
+        return tensor[start:stop]
+
+    def _compare(self, begin: int, end: int) -> None:
+        for number in range(begin // files.BLOCK, -(-end // files.BLOCK)):
+            if number not in self.compared and self.blocks:
+                first = number * files.BLOCK
+                digits = self.blocks[number * DIGITS : (number + 1) * DIGITS]
+                if files.hash_of_block(self.contents[first : first + files.BLOCK]) != digits:
+                    raise BadInput(
+                        f"{self.path} is damaged: its bytes from {first:,} on differ from the manifest's hash; "
+                        f"{way_out(self.path.parent)}"
+                    )
+                self.compared.add(number)
 
     @cached_property
-    def tensors(self) -> dict[str, np.ndarray]:
-        """By name, each a view of the memory map. Raises BadInput for a header that does not fit the manifest."""
+    def contents(self) -> np.ndarray:
+        """The memory map of the whole file."""
         import torch
 
         try:
+            # NumPy's memory map would keep the file open, and a process may open only some hundred.
+            return torch.from_file(str(self.path), shared=False, size=self.size, dtype=torch.uint8).numpy()
+        except (OSError, RuntimeError) as problem:
+            raise self._unreadable(problem) from problem
+
+    @cached_property
+    def tensors(self) -> dict[str, tuple[int, np.ndarray]]:
+        """By name, the byte at which each begins, and a view of it that nothing was compared of yet."""
+        self._compare(0, 1)  # the header
+        try:
             header: Any = safe_open(self.path, framework="np")  # checks that the tensors fill the file without holes
             found = {key: header.get_slice(key) for key in header.offset_keys()}
-            if {key: [tensor.get_dtype(), *tensor.get_shape()] for key, tensor in found.items()} != self.expected:
-                raise BadInput(f"the header of {self.path} does not fit its manifest; {way_out(self.path.parent)}")
-            # NumPy's memory map would keep the file open, and a process may open only some hundred.
-            contents = torch.from_file(str(self.path), shared=False, size=self.size, dtype=torch.uint8).numpy()
-        except (SafetensorError, OSError, RuntimeError) as problem:
-            raise BadInput(f"{self.path} cannot be read ({problem}); {way_out(self.path.parent)}") from problem
-        types = {key: np.dtype(DTYPES[self.expected[key][0]]) for key in found}
+            described = {key: [tensor.get_dtype(), *tensor.get_shape()] for key, tensor in found.items()}
+        except (SafetensorError, OSError) as problem:
+            raise self._unreadable(problem) from problem
+        if described != self.expected:
+            raise BadInput(f"the header of {self.path} does not fit its manifest; {way_out(self.path.parent)}")
+        types = {key: np.dtype(DTYPES[kind]) for key, (kind, _) in self.expected.items()}
         sizes = [types[key].itemsize * self.expected[key][1] for key in found]
-        ends = np.cumsum([self.size - sum(sizes), *sizes]).tolist()
+        borders = np.cumsum([self.size - sum(sizes), *sizes]).tolist()
         return {
-            key: contents[begin:end].view(types[key]) for key, (begin, end) in zip(found, pairwise(ends), strict=True)
+            key: (begin, self.contents[begin:end].view(types[key]))
+            for key, (begin, end) in zip(found, pairwise(borders), strict=True)
         }
+
+    def _unreadable(self, problem: Exception) -> BadInput:
+        return BadInput(f"{self.path} cannot be read ({problem}); {way_out(self.path.parent)}")
 
 
 @dataclass(frozen=True)
@@ -134,7 +180,7 @@ class Part:
     name: str
 
     def __getitem__(self, part: slice) -> np.ndarray:
-        return self.file.tensors[self.name][part]
+        return self.file.read(self.name, part.start or 0, part.stop)
 
 
 @dataclass(frozen=True)
@@ -219,29 +265,33 @@ class Corpus:
 
     @classmethod
     def open(cls, directory: Path | str, verify: bool = True) -> Corpus:
-        """Open ``directory`` and check all of its files against the manifest; raises BadInput if one differs.
+        """Open ``directory``; raises BadInput if a file is not there or not as large as the manifest says.
 
-        ``verify=False`` leaves out the checksums, which read every byte, for a process whose neighbour has
-        verified the same files.
+        What shards hold is compared with the manifest when it is read. Of corpora that were prepared before manifests
+        had hashes of blocks, and of the tokenizer, every byte is compared here; ``verify=False`` leaves that out, for a
+        process whose neighbour has verified the same files.
         """
         directory = Path(directory)
         file = directory / "manifest.json"
         if not file.is_file() or file.is_symlink():
             raise BadInput(f"{directory} is no corpus (it has no manifest.json); prepare one with scripts.prepare_data")
         try:
-            manifest = Manifest.model_validate_json(file.read_bytes()).model_dump()
+            manifest = Manifest.model_validate_json(file.read_bytes())
         except OSError as problem:
             raise BadInput(f"{file} cannot be read ({problem}); {way_out(directory)}") from problem
         except ValidationError as problem:
             raise BadInput(f"{file} is damaged ({all_errors(problem)}); {way_out(directory)}") from problem
-        names = sorted(manifest["splits"])
-        entries = [manifest["tokenizer"], *(shard for name in names for shard in manifest["splits"][name]["shards"])]
+        entries = [entry.model_dump() for entry in manifest.entries()]
         for entry in entries:
-            if problem_of_file := files.problem_of(directory, entry["file"], entry, verify):
-                raise BadInput(f"{problem_of_file}; {way_out(directory)}")
-        contents = [manifest[key] for key in ("vocab_size", "end_of_text", "dtype")]
-        fingerprint = files.hash_of([*contents, names, *(entry["sha256"] for entry in entries)])[:16]
-        return cls(directory, manifest, fingerprint, manifest["vocab_size"], manifest["end_of_text"])
+            check_file(directory, entry, verify and not entry["blocks"])
+        contents = [manifest.vocab_size, manifest.end_of_text, manifest.dtype, sorted(manifest.splits)]
+        fingerprint = files.hash_of([*contents, *(entry["sha256"] for entry in entries)])[:16]
+        return cls(directory, manifest.model_dump(), fingerprint, manifest.vocab_size, manifest.end_of_text)
+
+    def verify(self) -> None:
+        """Compare every byte of every file with the manifest; raises BadInput for the first file that differs."""
+        for entry in Manifest.model_validate(self.manifest).entries():
+            check_file(self.directory, entry.model_dump(), verify=True)
 
     def tokenizer(self) -> Tokenizer:
         """The tokenizer of this corpus, set to take all text as text."""
@@ -276,6 +326,12 @@ class Corpus:
             shards.append(Shard(file.path, *place, Part(file, "tokens"), Part(file, "document_starts")))
             first, document = first + shard["tokens"], document + shard["documents"]
         return Split(name, tuple(shards), first, entry["bytes"], self.vocab_size)
+
+
+def check_file(directory: Path, entry: dict[str, Any], verify: bool) -> None:
+    """Raises BadInput if a file of ``directory`` is not what its entry says, to the last byte if we ``verify``."""
+    if problem := files.problem_of(directory, entry["file"], entry, verify):
+        raise BadInput(f"{problem}; {way_out(directory)}")
 
 
 def way_out(directory: Path) -> str:

@@ -340,7 +340,15 @@ def test_the_script(tmp_path: Path) -> None:
         )
         assert done.returncode == 0, done.stderr
         assert done.stdout.count("train:") == 1 and "corpora/t-" in done.stdout
-        assert "'<|endoftext|>' 'T' 'h' 'e' ' ' 'q'" in done.stdout
+        assert "'<|endoftext|>' 'T' 'h' 'e' ' ' 'q'" in done.stdout and "every byte" not in done.stdout
+    for edited in (False, True):
+        done = subprocess.run(
+            [*command, "--data.path=t.txt", "--verify"], cwd=tmp_path, env=variables, capture_output=True, text=True
+        )
+        assert (done.returncode, "every byte is as the manifest says" in done.stdout) == (2 * edited, not edited)
+        (test,) = tmp_path.glob("corpora/*/test-00000.safetensors")
+        assert (f"{test.name} is damaged" in done.stderr) == edited
+        test.write_bytes(test.read_bytes()[:-1] + b"x")
     done = subprocess.run([*command, "--data.path=no.txt"], cwd=tmp_path, env=variables, capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr.startswith("error: there is no file 'no.txt'")
     assert len(done.stderr.splitlines()) == 1

@@ -15,6 +15,7 @@ from data.loader import DATA_ORDER, TrainingLoader
 from data.prepare import prepare
 from data.shards import Corpus
 from data.tokenizers import byte_tokenizer
+from files import BLOCK
 from tracking.load_run import run_tokenizer
 from tracking.metrics import read_metrics
 from training.checkpoint import existing, read_state
@@ -125,13 +126,15 @@ def test_another_version_is_warned_of_and_does_not_stop_the_run(
 
 
 @pytest.mark.fault(27)
-@pytest.mark.parametrize("what", ["missing", "truncated", "renamed"])
+@pytest.mark.parametrize("what", ["missing", "truncated", "renamed", "edited"])
 def test_a_shard_that_changed_is_named(what: str, interrupted: Path, train: Train, breakable: Flags) -> None:
     (shard,) = interrupted.parent.parent.glob("corpora/*/train-00000.safetensors")
     if what == "missing":
         shard.unlink()
     elif what == "truncated":
         shard.write_bytes(shard.read_bytes()[:-1])
+    elif what == "edited":
+        shard.write_bytes(shard.read_bytes()[:-2] + b"x\0")
     else:
         shard.rename(shard.with_name("train-00001.safetensors"))
     before = contents(interrupted)
@@ -139,3 +142,25 @@ def test_a_shard_that_changed_is_named(what: str, interrupted: Path, train: Trai
     assert refused.returncode == 2 and "Traceback" not in refused.stderr
     assert str(shard.name) in refused.stderr and "prepare it again" in refused.stderr
     assert contents(interrupted) == before
+
+
+@pytest.mark.fault(27)
+def test_an_edited_part_is_told_before_the_step_that_reads_it(train: Train, tiny: Flags, tmp_path: Path) -> None:
+    """The shard has two blocks of 256 KiB and a little of a third, which is edited: windows seldom lie there."""
+    text = tmp_path / "large.txt"
+    text.write_text(("".join(f"{number} {number * number}\n" for number in range(30_000)))[:300_000])
+    flags = tiny(data__path=text, training__max_steps=100, tracking__log_every=1)
+    config = parse(flags)
+    corpus = prepare(config.data, tmp_path / "corpora", quiet=True)
+    shard = corpus / "train-00000.safetensors"
+    content = bytearray(shard.read_bytes())
+    assert 2 * BLOCK < len(content) < 2.1 * BLOCK
+    content[-1000] ^= 1
+    shard.write_bytes(content)
+    loader = TrainingLoader(Corpus.open(corpus).split("train"), config.data, 0, 32, 8)
+    reading = next(step for step in range(100) if refuses(loader, step))
+    refused = train(flags)
+    assert refused.returncode == 2 and "Traceback" not in refused.stderr
+    assert f"{shard.name} is damaged" in refused.stderr and "prepare it again" in refused.stderr
+    steps = [record["step"] for record in read_metrics(tmp_path / "runs/tiny")]
+    assert reading > 1 and steps[-1] in (reading, reading - 1)

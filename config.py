@@ -130,7 +130,8 @@ class Data(Section):
     corpus: Literal["stdlib", "text", "huggingface"] = "stdlib"
     """stdlib: the source of Python's own standard library. text: your files. huggingface: a dataset, by name."""
     path: str | None = None
-    """text: a file or a glob such as 'books/*.txt' (.txt, .jsonl, .parquet). huggingface: the dataset's name."""
+    """text: a file or a glob such as 'books/*.txt' (.txt, .jsonl, .parquet). huggingface: the dataset's name. Or a
+    corpus that is prepared already, such as corpora/books-0123456789ab, whose text is not needed any more."""
     subset: str | None = None
     """huggingface: the dataset's configuration."""
     source_split: str = "train"

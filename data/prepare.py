@@ -29,6 +29,7 @@ from tqdm import tqdm
 
 import files
 from config import BadInput, Data
+from data.known import prepared
 from data.readers import HELD_OUT
 from data.sources import Source, open_source
 from data.tokenizers import (
@@ -50,13 +51,15 @@ progress_bar = partial(tqdm, unit="B", unit_scale=True, leave=False)
 
 
 def prepare(config: Data, root: Path | str = "corpora", quiet: bool = False, shard_tokens: int = SHARD_TOKENS) -> Path:
-    """The directory of the corpus that ``config`` describes, made under ``root`` if it is not there yet.
+    """The directory of the corpus that ``config`` names or describes, made under ``root`` if it is not there yet.
 
     Processes that prepare the same corpus at the same time do the work once; the others wait. Memory holds one
     document and one shard per split at a time. Raises BadInput for text that cannot be read, is empty, or leaves
     a split empty; nothing is left behind then.
     """
-    source = open_source(config)
+    if (directory := prepared(config)) is not None:
+        return directory
+    source = open_source(config, Path(root))
     identity = {
         "format": TRANSFORM_FORMAT if config.transform else FORMAT,
         "source": source.identity,

@@ -14,7 +14,7 @@ import re
 import sys
 import sysconfig
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -193,14 +193,14 @@ def text_of(row: Any, field: str, place: str, mended: Mended) -> str:
 # ---------------------------------------------------------------------------------------------- datasets
 
 
-def dataset_identity(config: Data) -> dict[str, Any]:
-    """What tells one dataset from another: the knobs, and for a local directory the contents of its files."""
+def dataset_identity(config: Data, identity_of: Callable[[Path, list[Path]], dict[str, Any]]) -> dict[str, Any]:
+    """What tells one dataset from another: the knobs, and for a local directory ``identity_of`` its files."""
     identity = {"subset": config.subset, "source_split": config.source_split, "text_field": config.text_field}
     directory = Path(str(config.path))
     if not directory.is_dir():
         return {"path": config.path, **identity}
     files = sorted(file for file in directory.rglob("*") if file.is_file())
-    return {**identity, **files_identity(directory, files)}
+    return {**identity, **identity_of(directory, files)}
 
 
 def read_dataset(config: Data, mended: Mended) -> Iterator[str]:

@@ -132,7 +132,8 @@ class Data(Section):
     `datasets` saved it. auto: what data.path is; without one, stdlib."""
     path: str | None = None
     """A file or a glob such as 'books/*.txt' (text; .jsonl, .json, .csv, .tsv and .parquet have fields; .gz, .bz2, .xz
-    or .zst may follow), an address (s3://, gs://, hf://, https://), or a dataset's name or directory."""
+    or .zst may follow), an address (s3://, gs://, hf://, https://), a dataset's name or directory, or a corpus that is
+    prepared already, such as corpora/books-0123456789ab, whose text is not needed any more."""
     subset: str | None = None
     """huggingface: the dataset's configuration."""
     source_split: str = "train"
@@ -163,7 +164,8 @@ class Data(Section):
     train_tokens: int | None = Field(None, ge=2)
     """Train on only the first so many tokens (to study scarce data)."""
     shuffle: Literal["windows", "documents"] = "windows"
-    """What is permuted anew each epoch: windows of the token stream, or whole documents and then windows."""
+    """What is permuted anew each epoch: windows of the token stream, or whole documents, each among a thousand
+    neighbours, and then windows."""
     isolate_documents: bool = False
     """No token attends to another document; positions restart in each."""
 

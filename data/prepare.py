@@ -29,6 +29,7 @@ from tqdm import tqdm
 
 import files
 from config import BadInput, Data
+from data.known import prepared
 from data.readers import HELD_OUT
 from data.sources import Source, open_source
 from data.tokenizers import (
@@ -52,13 +53,15 @@ progress_bar = partial(tqdm, unit="B", unit_scale=True, leave=False)
 
 
 def prepare(config: Data, root: Path | str = "corpora", quiet: bool = False, shard_tokens: int = SHARD_TOKENS) -> Path:
-    """The directory of the corpus that ``config`` describes, made under ``root`` if it is not there yet.
+    """The directory of the corpus that ``config`` names or describes, made under ``root`` if it is not there yet.
 
     Processes that prepare the same corpus at the same time do the work once; the others wait. Memory holds one
     document and one shard per split at a time. Raises BadInput for text that cannot be read, is empty, or leaves
     a split empty; nothing is left behind then.
     """
-    source = open_source(config)
+    if (directory := prepared(config)) is not None:
+        return directory
+    source = open_source(config, Path(root))
     if not quiet:
         print(f"data       {source.describe}", flush=True)
     identity = {
@@ -297,7 +300,7 @@ class SplitWriter:
         starts = np.array(self.starts, dtype=np.int64)
         save_file({"tokens": self.buffer[: self.filled], "document_starts": starts}, file)
         counts = {"tokens": self.filled, "documents": len(starts)}
-        self.shards.append({"file": file.name, **files.entry_of(file), **counts})
+        self.shards.append({"file": file.name, **files.entry_in_blocks(file), **counts})
         self.filled, self.starts = 0, array("q")
 
 

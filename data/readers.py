@@ -26,7 +26,7 @@ import sys
 import sysconfig
 import zlib
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -335,14 +335,14 @@ def text_of(row: Any, field: str, place: str, mended: Mended) -> str:
 # ---------------------------------------------------------------------------------------------- datasets
 
 
-def dataset_identity(config: Data) -> dict[str, Any]:
-    """What tells one dataset from another: the knobs, and for a local directory the contents of its files."""
+def dataset_identity(config: Data, identity_of: Callable[[Path, list[Path]], dict[str, Any]]) -> dict[str, Any]:
+    """What tells one dataset from another: the knobs, and for a local directory ``identity_of`` its files."""
     identity = {"subset": config.subset, "source_split": config.source_split, "text_field": config.text_field}
     directory = Path(str(config.path)).expanduser()
     if not directory.is_dir():
         return {"path": config.path, **identity}
     files = sorted(file for file in directory.rglob("*") if file.is_file())
-    return {**identity, **files_identity(directory, files)}
+    return {**identity, **identity_of(directory, files)}
 
 
 def is_saved_dataset(path: str) -> bool:

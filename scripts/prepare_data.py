@@ -1,6 +1,8 @@
 """Prepare a corpus: read the text, split it, train or load the tokenizer, write the tokens.
 
-python -m scripts.prepare_data --data.path='books/*.txt'
+python -m scripts.prepare_data --data.path='books/*.txt' [--verify]
+
+--verify compares every byte of the corpus with its manifest; training compares what it reads, when it first does.
 """
 
 from __future__ import annotations
@@ -13,7 +15,8 @@ from program import run
 
 def main(arguments: list[str]) -> None:
     """Prepare what the config's data section describes, and show what came out."""
-    config = parse(arguments, description=__doc__ or "")
+    verify = "--verify" in arguments
+    config = parse([word for word in arguments if word != "--verify"], description=__doc__ or "")
 
     from data.prepare import describe, prepare
     from data.shards import Corpus
@@ -27,6 +30,9 @@ def main(arguments: list[str]) -> None:
     words = " ".join(repr(tokenizer.decode([token], skip_special_tokens=False)) for token in tokens)
     if directory in known:  # a new one has just been described
         print(describe(corpus.manifest), directory, sep="\n")
+    if verify:
+        corpus.verify()
+        print("every byte is as the manifest says")
     print(f"hash of its contents: {corpus.fingerprint}")
     print(f"the first {len(tokens)} tokens: {words}")
 

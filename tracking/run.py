@@ -147,7 +147,7 @@ class Run:
         progress = Progress()
         if step is not None:
             found = checkpoint.directory_for(self.checkpoints, step)
-            progress = Progress.resumed(checkpoint.read_state(found), self.config)
+            progress = Progress.resumed(checkpoint.read_state(found), self.config, found)
             learner.load(found, step, progress.average_from)
         elif self.config.run.branch_from is not None:
             progress = self._begin_branch(learner, corpus)
@@ -171,7 +171,7 @@ class Run:
         self.branch = open_branch(found, self.config, corpus, learner.total_steps)
         theirs = WeightAverage(self.branch.config.regularizers, self.branch.total_steps)
         goes_on = learner.average.goes_on(theirs)
-        progress = Progress.branched(checkpoint.read_state(found), self.config, goes_on)
+        progress = Progress.branched(checkpoint.read_state(found), self.config, goes_on, found)
         learner.load(found, progress.step, progress.average_from)
         return progress
 

@@ -112,7 +112,7 @@ def test_a_prepared_corpus_trains_without_its_text(
     assert train(flags).returncode == 0
     (directory,) = tmp_path.glob("corpora/[!.]*")
     shutil.rmtree(texts)
-    for corpus in ("text", "stdlib"):
+    for corpus in ("text", "auto"):
         ended = train(tiny(data__path=directory, data__corpus=corpus, run__name=corpus + "less"))
         assert ended.returncode == 0, ended.stderr
         lines = (tmp_path / f"runs/{corpus}less/metrics.jsonl").read_text().splitlines()

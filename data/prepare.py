@@ -29,11 +29,11 @@ from tqdm import tqdm
 
 import files
 from config import BadInput, Data
+from data.encoding import encode_documents
 from data.readers import HELD_OUT
 from data.sources import Source, open_source
 from data.tokenizers import (
     byte_tokenizer,
-    encode_documents,
     end_of_text,
     load_tokenizer,
     tokenizer_identity,

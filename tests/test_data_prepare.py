@@ -16,9 +16,10 @@ import pytest
 from safetensors.numpy import load_file
 
 from config import BadInput, Data
+from data.encoding import encode_documents
 from data.prepare import prepare, split_of
 from data.shards import Corpus
-from data.tokenizers import encode_documents, train_bpe
+from data.tokenizers import train_bpe
 
 PROJECT = Path(__file__).parent.parent
 

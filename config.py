@@ -127,10 +127,11 @@ class Run(Section):
 class Data(Section):
     """The text, its tokens, and the order in which they are seen."""
 
-    corpus: Literal["stdlib", "text", "huggingface"] = "stdlib"
-    """stdlib: the source of Python's own standard library. text: your files. huggingface: a dataset, by name."""
+    corpus: Literal["auto", "stdlib", "text", "huggingface"] = "auto"
+    """stdlib: the source of Python's own standard library. text: your files. huggingface: a dataset, by name or as
+    `datasets` saved it. auto: what data.path is; without one, stdlib."""
     path: str | None = None
-    """text: a file or a glob such as 'books/*.txt' (.txt, .jsonl, .parquet). huggingface: the dataset's name."""
+    """A file or a glob such as 'books/*.txt' (text, .jsonl, .parquet), or a dataset's name or directory."""
     subset: str | None = None
     """huggingface: the dataset's configuration."""
     source_split: str = "train"
@@ -165,7 +166,9 @@ class Data(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> Data:
-        if self.corpus != "stdlib" and not self.path:
+        if self.corpus == "stdlib" and self.path:
+            raise ValueError(f"data.corpus=stdlib reads no data.path, and it is {self.path}; leave one of them out")
+        if self.corpus not in ("auto", "stdlib") and not self.path:
             what = "files or a glob" if self.corpus == "text" else "the dataset's name"
             raise ValueError(f"data.corpus={self.corpus} needs data.path ({what})")
         if self.val_fraction + self.test_fraction >= 1:
@@ -372,7 +375,8 @@ class Regularizers(Section):
     l2: float = knob(0.0, "weights", typical=1e-4, ge=0)
     """Adds 2 * this * w to the gradient of decayed weights; unlike weight_decay it goes through Adam's scaling."""
     ema_decay: float = knob(0.0, "average", typical=0.999, ge=0, lt=1)
-    """Evaluates a moving average of the weights: average <- this * average + (1 - this) * weights (Tarvainen 2017)."""
+    """Evaluates a moving average of the weights: average <- this * average + (1 - this) * weights (Tarvainen 2017). In
+    step t it is at most (1 + t) / (10 + t): a short run's average forgets its beginning, too."""
     swa_start: float | None = knob(None, "average", typical=0.75, off=None, ge=0, lt=1)
     """Evaluates the equal average of the weights from this fraction of the run on (Polyak 1992, Izmailov 2018)."""
     swa_every: int = knob(1, "modifier", typical=10, off=1, ge=1)
@@ -487,6 +491,8 @@ class Checkpoint(Section):
 
     every: int | None = Field(None, ge=1)
     """Steps between checkpoints. null: at each evaluation. The best and the last are always saved."""
+    minutes: float | None = Field(10, gt=0)
+    """A checkpoint is also saved when the last was saved so many minutes ago. null: never for that."""
     keep: int = Field(2, ge=1)
     """Newest checkpoints that are kept beside the best."""
     at: list[int | str] = []

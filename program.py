@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import atexit
 import ctypes
+import errno
 import os
 import signal
 import sys
@@ -17,7 +18,12 @@ from typing import Any
 from config import BadInput, Failure
 
 FINISHED, BAD_INPUT, PREEMPTED, FAILED = 0, 2, 3, 4
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)  # SLURM warns with SIGUSR1
+# SLURM warns with SIGUSR1; a terminal that closes sends SIGHUP, which nohup has ignored, and so do we then.
+STOP_SIGNALS = (
+    signal.SIGTERM,
+    signal.SIGUSR1,
+    *(() if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN else (signal.SIGHUP,)),
+)
 PR_SET_PDEATHSIG = 1  # of Linux's prctl.h
 # Loaded here, because nothing may be imported between fork and exec.
 LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
@@ -53,7 +59,7 @@ def end_with_parent(number: int) -> None:
 
 
 class Patient:
-    """A standard output that goes on in silence when its reader leaves (`| head`): work must not end for that."""
+    """A stream that goes on in silence when its reader leaves (`| head`, a closed terminal): work goes on."""
 
     def __init__(self, stream: Any) -> None:
         self.stream = stream
@@ -69,7 +75,9 @@ class Patient:
     def _try(self, work: Callable[[], Any]) -> Any:
         try:
             return work()
-        except BrokenPipeError:
+        except OSError as problem:
+            if problem.errno not in (errno.EPIPE, errno.EIO):
+                raise
             self.stream = open(os.devnull, "w")
 
     def __getattr__(self, name: str) -> Any:
@@ -93,7 +101,7 @@ def run(main: Callable[[list[str]], int | None]) -> None:
 
     The stop signals interrupt like Ctrl-C, until ``main`` knows something better to do.
     """
-    sys.stdout = Patient(sys.stdout)
+    sys.stdout, sys.stderr = Patient(sys.stdout), Patient(sys.stderr)
     for number in STOP_SIGNALS:
         signal.signal(number, signal.default_int_handler)
     if "TORCHELASTIC_RUN_ID" in os.environ:  # when torchrun is killed its processes end with it

@@ -93,7 +93,7 @@ def train(config: Config, hardware: Hardware) -> int:
                 hardware.device,
             )
             while not progress.over(plan):
-                result = training_step(learner, batches, progress.step, signals, progress.loss_scale)
+                result = training_step(learner, batches, progress.step, signals, progress.loss_scale, run.saver.due)
                 step_is_done()
                 progress.count(result, config)
                 judgement = judge(learner, progress.step) if plan.evaluates_at(progress.step) else None

@@ -18,7 +18,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from data.pieces import Piece, cut
-from data.tokenizers import BYTES_AS_CHARACTERS, END_OF_TEXT, plain
+from data.tokenizers import BYTES_AS_CHARACTERS, END_OF_TEXT
 from program import cores
 
 Label = TypeVar("Label")
@@ -154,7 +154,9 @@ def fast_way(tokenizer: Tokenizer) -> Callable[[str], np.ndarray] | None:
 def without_prefix(tokenizer: Tokenizer) -> Tokenizer:
     """The tokenizer for all pieces of a document but the first: it puts no space before the text."""
     state = json.loads(tokenizer.to_str(), object_hook=lambda part: part | NO_PREFIX.get(str(part.get("type")), {}))
-    return plain(Tokenizer.from_str(json.dumps(state)))
+    rest = Tokenizer.from_str(json.dumps(state))
+    rest.encode_special_tokens = True
+    return rest
 
 
 def cuts_cleanly(tokenizer: Tokenizer, rest: Tokenizer) -> bool:

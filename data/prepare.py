@@ -2,7 +2,7 @@
 
 corpora/<name>-<fingerprint>/
     manifest.json                     what the corpus was made from, and the size and sha256 of every file
-    tokenizer.json
+    tokenizer.json                    and tokenizer_config.json, which names its end-of-text token
     train-00000.safetensors ...       tokens (U16 or U32) and document_starts (I64, relative to the shard)
 
 Every document begins with the end-of-text token. The directory appears by one rename, complete and on disk, or
@@ -33,6 +33,8 @@ from data.encoding import encode_documents
 from data.readers import HELD_OUT
 from data.sources import Source, open_source
 from data.tokenizers import (
+    CONFIG,
+    TOKENIZER,
     byte_tokenizer,
     end_of_text,
     load_tokenizer,
@@ -57,6 +59,8 @@ def prepare(config: Data, root: Path | str = "corpora", quiet: bool = False, sha
     a split empty; nothing is left behind then.
     """
     source = open_source(config)
+    if not quiet:
+        print(f"data       {source.describe}", flush=True)
     identity = {
         "format": TRANSFORM_FORMAT if config.transform else FORMAT,
         "source": source.identity,
@@ -99,10 +103,11 @@ def prepare(config: Data, root: Path | str = "corpora", quiet: bool = False, sha
 def write_corpus(directory: Path, source: Source, config: Data, identity: dict[str, Any], quiet: bool) -> str:
     """Read, split, tokenize and write everything into ``directory``; returns a summary of a few lines."""
     splits = Splits(source, config)
-    tokenizer = make_tokenizer(splits, config, quiet)
-    tokenizer_file = directory / "tokenizer.json"
+    tokenizer, end = make_tokenizer(splits, config, quiet)
+    tokenizer_file = directory / TOKENIZER
     tokenizer.save(str(tokenizer_file))
-    vocab_size, end = vocabulary_size(tokenizer), end_of_text(tokenizer)
+    files.write_json(directory / CONFIG, {"eos_token": tokenizer.id_to_token(end)})
+    vocab_size = vocabulary_size(tokenizer)
     dtype = np.dtype(np.uint16 if vocab_size <= 2**16 else np.uint32)
     names = SPLITS if config.test_fraction > 0 else SPLITS[:2]
     writers = {name: SplitWriter(directory, name, dtype, end, int(identity["shard_tokens"])) for name in names}
@@ -146,10 +151,11 @@ def describe(manifest: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def make_tokenizer(splits: Splits, config: Data, quiet: bool) -> Tokenizer:
-    """The tokenizer that the config names; bpe is trained on the training split alone."""
+def make_tokenizer(splits: Splits, config: Data, quiet: bool) -> tuple[Tokenizer, int]:
+    """The tokenizer that the config names, and its end-of-text; bpe is trained on the training split alone."""
     if config.tokenizer == "byte":
-        return byte_tokenizer()
+        tokenizer = byte_tokenizer()
+        return tokenizer, end_of_text(tokenizer)
     if config.tokenizer != "bpe":
         return load_tokenizer(config.tokenizer)
     with progress_bar(desc="training the tokenizer", total=splits.source.n_bytes, disable=quiet or None) as bar:
@@ -160,7 +166,8 @@ def make_tokenizer(splits: Splits, config: Data, quiet: bool) -> Tokenizer:
                 if name == "train":
                     yield text
 
-        return train_bpe(texts(), config.vocab_size, quiet)
+        tokenizer = train_bpe(texts(), config.vocab_size, quiet)
+        return tokenizer, end_of_text(tokenizer)
 
 
 # ---------------------------------------------------------------------------------------------- splits

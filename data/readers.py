@@ -28,6 +28,7 @@ from config import BadInput, Data
 from files import sha256
 
 JSON_LINES = (".jsonl", ".ndjson")
+SAVED, SAVED_SPLITS = "state.json", "dataset_dict.json"  # what tells a saved dataset, or several by name
 NOT_STDLIB_TEXT = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__", "lib2to3"}
 LARGEST_SHARE_REPLACED = 0.1  # a file with more invalid bytes than this is no text
 CHUNK = 2**20  # bytes of a file that are read at once
@@ -250,11 +251,16 @@ def text_of(row: Any, field: str, place: str, mended: Mended) -> str:
 def dataset_identity(config: Data) -> dict[str, Any]:
     """What tells one dataset from another: the knobs, and for a local directory the contents of its files."""
     identity = {"subset": config.subset, "source_split": config.source_split, "text_field": config.text_field}
-    directory = Path(str(config.path))
+    directory = Path(str(config.path)).expanduser()
     if not directory.is_dir():
         return {"path": config.path, **identity}
     files = sorted(file for file in directory.rglob("*") if file.is_file())
     return {**identity, **files_identity(directory, files)}
+
+
+def is_saved_dataset(path: str) -> bool:
+    """Whether the directory was written by save_to_disk of the datasets library."""
+    return any(os.path.isfile(os.path.join(os.path.expanduser(path), name)) for name in (SAVED, SAVED_SPLITS))
 
 
 def read_dataset(config: Data, mended: Mended) -> Iterator[Fragment]:
@@ -264,10 +270,13 @@ def read_dataset(config: Data, mended: Mended) -> Iterator[Fragment]:
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
     what = f"dataset {config.path!r}"
+    path = os.path.expanduser(str(config.path))
     try:
-        rows = datasets.load_dataset(
-            str(config.path), config.subset, split=config.source_split, streaming=config.streaming
-        )
+        if is_saved_dataset(path):
+            saved = datasets.load_from_disk(path)
+            rows = saved[config.source_split] if isinstance(saved, datasets.DatasetDict) else saved
+        else:
+            rows = datasets.load_dataset(path, config.subset, split=config.source_split, streaming=config.streaming)
         if config.text_field in (rows.column_names or []):
             rows = rows.select_columns([config.text_field])
         for number, row in enumerate(rows):

@@ -163,7 +163,7 @@ class Corpus:
         """The tokenizer of this corpus, set to take all text as text."""
         file = self.directory / self.manifest["tokenizer"]["file"]
         try:
-            tokenizer = plain(Tokenizer.from_file(str(file)))
+            tokenizer = plain(Tokenizer.from_file(str(file)), self.end_of_text)
         except Exception as problem:  # the library raises plain Exception
             raise BadInput(f"{file} is no tokenizer ({problem}); {way_out(self.directory)}") from problem
         if vocabulary_size(tokenizer) != self.vocab_size:

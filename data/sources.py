@@ -25,6 +25,7 @@ from data import readers
 from data.pieces import Piece, cut, whole
 from data.readers import Fragment, Mended
 
+HUB_NAME = re.compile(r"([\w-]+)/[\w-][\w.-]*")  # of a dataset, its owner first
 FEW_FILES = 100  # below this many files the hash of a document splits too coarsely, and the tail is held out
 
 
@@ -92,17 +93,18 @@ def open_source(config: Data) -> Source:
 
     Raises BadInput for a path that holds nothing readable, or a transform that cannot be imported.
     """
-    identity: dict[str, Any] = {"corpus": config.corpus, "max_documents": config.max_documents}
+    corpus = kind_of(config)
+    identity: dict[str, Any] = {"corpus": corpus, "max_documents": config.max_documents}
     split, n_bytes, name = "documents", None, str(config.path)
     read: Callable[[Mended], Iterator[Fragment]]
-    if config.corpus == "huggingface":
+    if corpus == "huggingface":
         if config.document not in ("auto", "field"):
             raise BadInput(f"data.document={config.document} does not fit a dataset, made of rows; use auto")
         describe = f"dataset {name}, {config.subset + ', ' if config.subset else ''}split {config.source_split}"
         identity |= readers.dataset_identity(config)
         read = partial(readers.read_dataset, config)
     else:
-        if config.corpus == "stdlib":
+        if corpus == "stdlib":
             base, files = readers.stdlib_files()
             name, describe = "stdlib", f"the standard library of Python {platform.python_version()}"
         else:
@@ -114,7 +116,7 @@ def open_source(config: Data) -> Source:
             identity["text_field"] = config.text_field
         else:
             n_bytes = identity["bytes"]
-        if config.corpus == "text" and kinds == {"file"} and len(files) < FEW_FILES:
+        if corpus == "text" and kinds == {"file"} and len(files) < FEW_FILES:
             split = "tail"
         read = partial(readers.read_files, config, files)
     transform = None
@@ -122,8 +124,22 @@ def open_source(config: Data) -> Source:
         transform, digest = import_transform(config.transform)
         identity["transform"] = {"name": config.transform, "sha256": digest}
     split = split if config.split == "auto" else config.split
-    name = short_name(name) or config.corpus
+    name = short_name(name) or corpus
     return Source(name, describe, identity, split, n_bytes, read, transform, config.max_documents)
+
+
+def kind_of(config: Data) -> str:
+    """What data.corpus=auto means: "stdlib", "text" or "huggingface".
+
+    A path is that of text, but for the directory of a saved dataset, and for owner/name where no such directory is.
+    """
+    if config.corpus != "auto":
+        return config.corpus
+    if not config.path:
+        return "stdlib"
+    name = HUB_NAME.fullmatch(config.path)
+    is_dataset = readers.is_saved_dataset(config.path) or (name and not os.path.isdir(name[1]))
+    return "huggingface" if is_dataset else "text"
 
 
 def short_name(path: str) -> str:

@@ -2,12 +2,13 @@
 
 byte   a token per UTF-8 byte, id = value of the byte; end-of-text is 256
 bpe    byte-level BPE with GPT-2's pre-tokenizer, trained on the training split; end-of-text is 0
-other  any tokenizer.json, from a file, a directory or the hub
+other  any tokenizer.json, from a file, a directory or the hub; end-of-text is what its files name as eos_token
 """
 
 from __future__ import annotations
 
 import difflib
+import json
 import os
 import sys
 from collections.abc import Iterable, Iterator
@@ -22,6 +23,8 @@ from files import sha256
 
 END_OF_TEXT = "<|endoftext|>"
 KNOWN_ENDS = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>", "<|eos|>", "<|end▁of▁sentence|>", "[EOS]", "<|im_end|>")
+VOCABULARY, MERGES = GPT2_FILES = "vocab.json", "merges.txt"  # what GPT-2's tokenizer was published as
+TOKENIZER, CONFIG = TOKENIZER_FILES = "tokenizer.json", "tokenizer_config.json"  # the second names the end-of-text
 PIECE = 65_536  # characters of a piece at most
 BPE_CHARACTERS = 10**9  # a BPE's merges are settled long before so much text
 
@@ -41,7 +44,7 @@ def byte_tokenizer() -> Tokenizer:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens([END_OF_TEXT])
-    return plain(tokenizer)
+    return plain(tokenizer, 256)
 
 
 def train_bpe(documents: Iterable[str], vocab_size: int, quiet: bool = True) -> Tokenizer:
@@ -68,29 +71,35 @@ def train_bpe(documents: Iterable[str], vocab_size: int, quiet: bool = True) -> 
                 return
 
     tokenizer.train_from_iterator(texts(), trainer)
-    return plain(tokenizer)
+    return plain(tokenizer, 0)
 
 
-def load_tokenizer(knob: str) -> Tokenizer:
-    """The tokenizer of a tokenizer.json, a directory that holds one, or a name on the hub. Raises BadInput."""
+def load_tokenizer(knob: str) -> tuple[Tokenizer, int]:
+    """A tokenizer and the id of its end-of-text token. Raises BadInput.
+
+    ``knob`` is a tokenizer.json, a directory that holds one (or GPT-2's vocab.json and merges.txt), or a name on the
+    hub. Which token ends a text is what the tokenizer_config.json beside it says; else one of KNOWN_ENDS.
+    """
     file = tokenizer_file(knob)
     try:
-        tokenizer = Tokenizer.from_file(str(file or hub_file(knob)))
+        local = file or Path(hub_file(knob, TOKENIZER))
+        tokenizer = gpt2_tokenizer(local) if local.name == VOCABULARY else Tokenizer.from_file(str(local))
     except Exception as problem:  # the library raises plain Exception
         reason = " ".join(str(problem).split())
         way_out = "it must be a tokenizer.json of the tokenizers library"
         if not file:
             way_out = "there is no such file here either; check data.tokenizer and the network, or use byte or bpe"
         raise BadInput(f"cannot load the tokenizer {knob!r}: {reason}; {way_out}") from problem
-    end_of_text(tokenizer)
-    return plain(tokenizer)
+    end = end_of_text(tokenizer, named_end(knob, local if file else None))
+    return plain(tokenizer, end), end
 
 
 def tokenizer_file(knob: str) -> Path | None:
-    """The tokenizer.json that data.tokenizer points at; None if it is no local path. Raises BadInput if missing."""
+    """The file that data.tokenizer points at; None if it is no local path. Raises BadInput if missing."""
     path = Path(knob).expanduser()
     if path.is_dir():
-        path = path / "tokenizer.json"
+        is_gpt2 = not (path / TOKENIZER).is_file() and all((path / name).is_file() for name in GPT2_FILES)
+        path = path / (VOCABULARY if is_gpt2 else TOKENIZER)
     if path.is_file():
         return path
     if path.suffix == ".json" or knob.startswith((".", "/", "~")):
@@ -101,21 +110,47 @@ def tokenizer_file(knob: str) -> Path | None:
     return None
 
 
-def hub_file(name: str) -> str:
-    """The tokenizer.json of a name on the hub, or its copy of an earlier day if the hub does not answer.
+def gpt2_tokenizer(vocabulary: Path) -> Tokenizer:
+    """The byte-level BPE of a vocab.json and the merges.txt beside it, as GPT-2 was published."""
+    tokenizer = Tokenizer(models.BPE.from_file(str(vocabulary), str(vocabulary.with_name(MERGES))))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer
+
+
+def named_end(knob: str, file: Path | None) -> str | None:
+    """The eos_token of the tokenizer_config.json beside ``file``, or of the hub's ``knob``; None if it names none."""
+    if file is not None:
+        config = file.with_name(CONFIG)
+    else:
+        try:
+            config = Path(hub_file(knob, CONFIG))
+        except Exception:  # many have none
+            return None
+    if not config.is_file():
+        return None
+    try:
+        named = json.loads(config.read_text(encoding="utf-8")).get("eos_token")
+    except (OSError, ValueError, AttributeError) as problem:
+        raise BadInput(f"{config} cannot be read as a JSON object ({problem}); mend it or remove it") from problem
+    return named.get("content") if isinstance(named, dict) else named  # older files describe the token in a dict
+
+
+def hub_file(name: str, file: str) -> str:
+    """A file of a name on the hub, or its copy of an earlier day if the hub does not answer.
 
     The hub is asked once whether there is such a file: a download would ask six times, over 23 seconds.
     """
     from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url, try_to_load_from_cache
 
     try:
-        get_hf_file_metadata(hf_hub_url(name, "tokenizer.json"))
+        get_hf_file_metadata(hf_hub_url(name, file))
     except Exception:
-        cached = try_to_load_from_cache(name, "tokenizer.json")
+        cached = try_to_load_from_cache(name, file)
         if not isinstance(cached, str):
             raise
         return cached
-    return hf_hub_download(name, "tokenizer.json")
+    return hf_hub_download(name, file)
 
 
 def tokenizer_identity(knob: str, vocab_size: int) -> dict[str, Any]:
@@ -128,14 +163,18 @@ def tokenizer_identity(knob: str, vocab_size: int) -> dict[str, Any]:
     if file is None:
         return {"kind": "hub", "name": knob}
     try:
-        return {"kind": "file", "sha256": sha256(file)}
+        identity: dict[str, Any] = {"kind": "file", "sha256": sha256(file)}
+        if file.name == VOCABULARY:
+            identity["merges"] = sha256(file.with_name(MERGES))
     except OSError as problem:
         raise BadInput(f"cannot read the tokenizer {file}: {problem.strerror}; check its permissions") from problem
+    if named := named_end(knob, file):
+        identity["end_of_text"] = named
+    return identity
 
 
-def plain(tokenizer: Tokenizer) -> Tokenizer:
+def plain(tokenizer: Tokenizer, end: int) -> Tokenizer:
     """The same tokenizer, set so that text is only text: "<|endoftext|>" inside it is thirteen characters."""
-    end = end_of_text(tokenizer)
     tokenizer.add_special_tokens([str(tokenizer.id_to_token(end))])  # some files list it as an ordinary token
     tokenizer.encode_special_tokens = True
     tokenizer.no_truncation()
@@ -143,14 +182,16 @@ def plain(tokenizer: Tokenizer) -> Tokenizer:
     return tokenizer
 
 
-def end_of_text(tokenizer: Tokenizer) -> int:
-    """The id of the token that ends a text. Raises BadInput if the tokenizer has none that we know."""
-    for token in KNOWN_ENDS:
+def end_of_text(tokenizer: Tokenizer, named: str | None = None) -> int:
+    """The id of the token that ends a text: the one named, else one that we know. Raises BadInput if it has none."""
+    for token in KNOWN_ENDS if named is None else (named,):
         if (found := tokenizer.token_to_id(token)) is not None:
             return int(found)
+    if named is not None:
+        raise BadInput(f"the tokenizer has no token {named!r}, which its tokenizer_config.json calls eos_token")
     raise BadInput(
-        f"the tokenizer has no end-of-text token (looked for {', '.join(KNOWN_ENDS)}); "
-        f"add {END_OF_TEXT} to its added_tokens, or use another one"
+        f"the tokenizer has no end-of-text token (looked for {', '.join(KNOWN_ENDS)}); name it as eos_token in a "
+        f"tokenizer_config.json beside it, add {END_OF_TEXT} to its added_tokens, or use another one"
     )
 
 

@@ -1,8 +1,9 @@
 """Averaged weights: trained by nobody, evaluated, saved and exported in place of the raw ones.
 
-EMA: θ̄ ← d·θ̄ + (1−d)·θ after each step (Tarvainen 2017). SWA: the equal average of the weights after every
-``swa_every`` steps from the fraction ``swa_start`` of the run on (Polyak 1992, Izmailov 2018). Either average
-starts as the weights after its first counted step.
+EMA: θ̄ ← d·θ̄ + (1−d)·θ after each step (Tarvainen 2017), where d is ``ema_decay`` but at most (1 + t) / (10 + t) at the
+t-th step, so that a short run's average is one of its own weights and not of those it began with. SWA: the equal
+average of the weights after every ``swa_every`` steps from the fraction ``swa_start`` of the run on (Polyak 1992,
+Izmailov 2018). Either average starts as the weights after its first counted step.
 """
 
 from __future__ import annotations
@@ -61,7 +62,7 @@ class WeightAverage:
         if count == 1:
             self.weights = {name: weight.clone() for name, weight in raw.items()}
             return
-        new = 1 - self.config.ema_decay if self.config.ema_decay else 1 / count
+        new = 1 - min(self.config.ema_decay, (1 + count) / (10 + count)) if self.config.ema_decay else 1 / count
         torch._foreach_lerp_(list(self.weights.values()), [raw[name] for name in self.weights], new)
 
     @contextmanager

@@ -29,13 +29,13 @@ def main(arguments: list[str]) -> int:
 
     from safetensors import SafetensorError
 
-    from data.tokenizers import end_of_text, load_tokenizer
+    from data.tokenizers import load_tokenizer
     from model.huggingface import compare_logits, write_directory
     from tracking.load_run import load_model, run_tokenizer
 
     model, _, _ = load_model(options.run)
     tokenizer_file = run_tokenizer(options.run)
-    end = end_of_text(load_tokenizer(str(tokenizer_file)))
+    _, end = load_tokenizer(str(tokenizer_file))
     temporary = out.with_name(f".{out.name}.{os.getpid()}")
     compared = "transformers is not installed, so the logits were NOT compared (pip install transformers)"
     try:

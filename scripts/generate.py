@@ -31,7 +31,7 @@ def main(arguments: list[str]) -> int:
     if options.samples < 1:
         raise BadInput(f"--samples {options.samples}: give at least 1")
 
-    from data.tokenizers import end_of_text, load_tokenizer
+    from data.tokenizers import load_tokenizer
     from evaluation.ensemble import load_members
     from model.generate import check_sampling, sample_text
     from tracking.load_run import list_members, run_tokenizer
@@ -40,8 +40,8 @@ def main(arguments: list[str]) -> int:
     check_sampling(options.tokens, *drawing)
     listed = list_members([options.run])
     models = [(member.model, member.weight) for member in load_members(listed)]
-    tokenizer = load_tokenizer(str(run_tokenizer(listed[0].path)))
-    begin = (models, tokenizer, options.prompt, end_of_text(tokenizer), options.tokens, options.seed)
+    tokenizer, end = load_tokenizer(str(run_tokenizer(listed[0].path)))
+    begin = (models, tokenizer, options.prompt, end, options.tokens, options.seed)
     for index in range(options.samples):
         if options.samples > 1:
             print(f"--- sample {index + 1} of {options.samples}")

@@ -1,6 +1,6 @@
 """Prepare a corpus: read the text, split it, train or load the tokenizer, write the tokens.
 
-python -m scripts.prepare_data --data.corpus=text --data.path='books/*.txt'
+python -m scripts.prepare_data --data.path='books/*.txt'
 """
 
 from __future__ import annotations

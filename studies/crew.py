@@ -12,7 +12,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from config import BadInput
-from program import cores, warn
+from program import STOP_SIGNALS, cores, warn
 from studies import processes
 from studies.results import is_finished
 from studies.space import Study
@@ -31,14 +31,14 @@ class Crew:
         self.stages = stages
         self.workers: list[subprocess.Popen[str]] = []
         self.told_to_stop = False
-        signal.signal(signal.SIGTERM, self._stop)
-        signal.signal(signal.SIGINT, self._stop)
+        for number in (*STOP_SIGNALS, signal.SIGINT):
+            signal.signal(number, self._stop)
 
     def _stop(self, number: int, _: object) -> None:
         if self.told_to_stop and number == signal.SIGINT:
             raise KeyboardInterrupt  # the workers end with us
         self.told_to_stop = True
-        print("\nstopping: the runs finish their step and save", flush=True)
+        print("\nstopping: the runs finish their step and save; Ctrl-C again ends them without that", flush=True)
         for worker in self.workers:
             worker.terminate()
 

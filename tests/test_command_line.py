@@ -124,6 +124,7 @@ def test_all_bad_values_at_once(tmp_path: Path) -> None:
         ["--training.global_batch_size=10", "--training.micro_batch_size=4"],
         ["--training.max_steps=5", "--training.max_epochs=1"],
         ["--data.corpus=text"],
+        ["--data.corpus=stdlib", "--data.path=books/play.txt"],
         ["--run.name=../evil"],
         ["--run.threads=0"],
         ["--evaluation.every=0"],

@@ -234,7 +234,11 @@ def test_preparing_again_only_finds(tmp_path: Path, capsys: pytest.CaptureFixtur
     said = capsys.readouterr().out
     assert "20 CRLF became LF" in said and "1 invalid bytes" in said and "train:" in said and "bytes per token" in said
     stamps = {file: file.stat().st_mtime_ns for file in directory.iterdir()}
+    assert said.startswith(f"data       {tmp_path / 't.txt'} (1 file)\n")
+    assert prepare(text_config(tmp_path / "t.txt"), tmp_path / "c") == directory
+    assert capsys.readouterr().out == f"data       {tmp_path / 't.txt'} (1 file)\n"
     assert prepare(text_config(tmp_path / "t.txt"), tmp_path / "c", quiet=True) == directory
+    assert capsys.readouterr().out == ""
     assert stamps == {file: file.stat().st_mtime_ns for file in directory.iterdir()}
 
 

@@ -8,6 +8,7 @@ import sys
 import tracemalloc
 from pathlib import Path
 
+import datasets
 import pyarrow
 import pyarrow.parquet
 import pytest
@@ -15,7 +16,7 @@ import pytest
 from config import BadInput, Data
 from data import readers
 from data.readers import CRLF, EMPTY, INVALID, MARKS, Mended, read_text, split_at
-from data.sources import FEW_FILES, Source, open_source, short_name
+from data.sources import FEW_FILES, Source, kind_of, open_source, short_name
 
 
 def text_source(path: object, **knobs: object) -> Source:
@@ -239,6 +240,42 @@ def test_a_local_dataset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stream
         list(open_source(Data(**knobs, source_split="nowhere")).documents())
     write_lines(directory / "a.jsonl", {"text": "three", "n": 1})
     assert open_source(Data(**knobs)).identity != source.identity
+
+
+def test_a_dataset_that_was_saved_to_disk(tmp_path: Path) -> None:
+    """What save_to_disk of datasets wrote: one split, or several, of which one is named."""
+    rows = {name: datasets.Dataset.from_dict({"text": [name, "more"]}) for name in ("train", "validation")}
+    rows["train"].save_to_disk(tmp_path / "one")
+    datasets.DatasetDict(rows).save_to_disk(tmp_path / "several")
+    for name, knobs in (("one", {}), ("several", {}), ("several", {"source_split": "validation"})):
+        expected = knobs.get("source_split", "train")
+        assert list(open_source(Data(path=str(tmp_path / name), **knobs)).documents()) == [expected, "more"]
+
+
+@pytest.mark.parametrize(
+    ("path", "kind"),
+    [
+        (None, "stdlib"),
+        ("play.txt", "text"),
+        ("books/play.txt", "text"),
+        ("books/ply.txt", "text"),  # which is not there; an owner of datasets is no directory
+        ("books/*.txt", "text"),
+        ("/absent/play", "text"),
+        ("roneneldan/TinyStories", "huggingface"),
+        ("saved", "huggingface"),
+    ],
+)
+def test_a_path_implies_its_corpus(
+    path: str | None, kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("books/play.txt", "play.txt", "saved/state.json"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("text")
+    assert kind_of(Data(path=path)) == kind
+    if path == "play.txt":
+        assert list(open_source(Data(path=path)).documents()) == ["text"]
+        assert open_source(Data(path=path)).identity == open_source(Data(path=path, corpus="text")).identity
 
 
 def test_transform(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

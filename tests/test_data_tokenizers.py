@@ -82,7 +82,7 @@ def test_bpe_is_deterministic_and_small_texts_give_fewer_entries(library: list[s
 def test_settings_survive_the_file(bpe: Tokenizer, tmp_path: Path) -> None:
     bpe.save(str(tmp_path / "tokenizer.json"))
     for knob in (tmp_path, tmp_path / "tokenizer.json"):
-        again = load_tokenizer(str(knob))
+        again, _ = load_tokenizer(str(knob))
         for text in STRANGE:
             assert next(encode_documents(again, [text])).tolist() == next(encode_documents(bpe, [text])).tolist()
 
@@ -101,7 +101,7 @@ def test_tokens_in_pieces_equal_tokens_in_one_piece(
 ) -> None:
     monkeypatch.setattr(encoding, "LIBRARY_PIECE", 3000)
     text = prose(30_000, separators)
-    for tokenizer in (bpe, plain(sentencepiece_like(library[:5]))):
+    for tokenizer in (bpe, plain(sentencepiece_like(library[:5]), 1)):
         pieces = list(cut([(text, True)], 10_000))
         assert len(pieces) > 5
         ids = [ids.tolist() for _, ids in Encoder(tokenizer).stream((piece, None) for piece in pieces)]
@@ -163,7 +163,7 @@ def test_the_fast_way_takes_every_character_for_the_same_kind() -> None:
     vocab = {token: number for number, token in enumerate([*byte, *("".join(pair) for pair in merges)])}
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    fast = fast_way(plain(tokenizer))
+    fast = fast_way(plain(tokenizer, 256))
     assert fast is not None
     codes = [*range(0xD800), *range(0xE000, 0x20000), *range(0x20000, 0x40000, 7), *range(0xE0000, 0xE0200)]
     runs = [[chr(code) for code in codes[start : start + 1000]] for start in range(0, len(codes), 1000)]
@@ -176,7 +176,8 @@ def test_whatever_is_not_certain_is_left_to_the_library(library: list[str], bpe:
     """Each of these would make a difference; the ids are the library's own all the same."""
 
     def changed(**parts: object) -> Tokenizer:
-        return plain(Tokenizer.from_str(json.dumps(json.loads(bpe.to_str()) | parts)))
+        state = json.loads(bpe.to_str()) | parts
+        return plain(Tokenizer.from_str(json.dumps(state)), state["added_tokens"][0]["id"])
 
     state = json.loads(bpe.to_str())
     space = {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True}
@@ -196,7 +197,7 @@ def test_whatever_is_not_certain_is_left_to_the_library(library: list[str], bpe:
         changed(model=backwards),
         changed(model=unmade, added_tokens=[end]),
         changed(model={**state["model"], "ignore_merges": True}),
-        plain(sentencepiece_like(library[:5])),
+        plain(sentencepiece_like(library[:5]), 1),
     ]
     text = "Import os\n    import sys 42 zqj"
     for tokenizer in others:
@@ -240,8 +241,8 @@ def test_a_foreign_tokenizer(library: list[str], tmp_path: Path) -> None:
     tokenizer.enable_truncation(4)
     tokenizer.enable_padding(length=9)
     tokenizer.save(str(tmp_path / "tokenizer.json"))
-    loaded = load_tokenizer(str(tmp_path))
-    assert end_of_text(loaded) == 1
+    loaded, end = load_tokenizer(str(tmp_path))
+    assert end == 1
     assert cuts_cleanly(loaded, without_prefix(loaded)) and not cuts_cleanly(loaded, loaded)
     ids = next(encode_documents(loaded, ["import os and </s> more"])).tolist()
     assert len(ids) > 4 and 1 not in ids  # neither cut, nor padded, nor ended by the post-processor
@@ -255,7 +256,40 @@ def test_an_ordinary_end_of_text_becomes_special(tmp_path: Path) -> None:
     assert '"special": true' in file.read_text()
     file.write_text(file.read_text().replace('"special": true', '"special": false'))
     text = "a<|endoftext|>"
-    assert next(encode_documents(load_tokenizer(str(file)), [text])).tolist() == list(text.encode())
+    assert next(encode_documents(load_tokenizer(str(file))[0], [text])).tolist() == list(text.encode())
+
+
+@pytest.mark.parametrize("named", ["<|bos|>", {"content": "<|bos|>", "lstrip": False}])
+def test_end_of_text_is_what_the_tokenizer_s_own_files_name(tmp_path: Path, named: object) -> None:
+    """Not a token that we know, though there is one, which pads."""
+    tokenizer = Tokenizer(models.BPE(vocab={"a": 0, "<|endoftext|>": 1, "<|bos|>": 2}, merges=[]))
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    assert load_tokenizer(str(tmp_path))[1] == 1
+    config = tmp_path / "tokenizer_config.json"
+    before = tokenizer_identity(str(tmp_path), 300)
+    config.write_text(json.dumps({"eos_token": named, "pad_token": "<|endoftext|>"}))
+    loaded, end = load_tokenizer(str(tmp_path / "tokenizer.json"))
+    assert end == 2 and next(encode_documents(loaded, ["a<|bos|>"])).tolist()[0] == 0
+    assert tokenizer_identity(str(tmp_path), 300) == before | {"end_of_text": "<|bos|>"}
+    config.write_text(json.dumps({"eos_token": "<|eos|>"}))
+    with pytest.raises(BadInput, match=r"no token '<\|eos\|>', which its tokenizer_config.json calls eos_token"):
+        load_tokenizer(str(tmp_path))
+    for damaged in ("{", "[1]"):
+        config.write_text(damaged)
+        with pytest.raises(BadInput, match=r"tokenizer_config\.json cannot be read as a JSON object"):
+            load_tokenizer(str(tmp_path))
+
+
+def test_as_gpt2_was_published(bpe: Tokenizer, tmp_path: Path) -> None:
+    """vocab.json and merges.txt are the tokenizer that a tokenizer.json of the same entries is."""
+    bpe.model.save(str(tmp_path))
+    loaded, end = load_tokenizer(str(tmp_path))
+    assert end == 0
+    for text in STRANGE:
+        assert next(encode_documents(loaded, [text])).tolist() == next(encode_documents(bpe, [text])).tolist()
+    before = tokenizer_identity(str(tmp_path), 300)
+    (tmp_path / "merges.txt").write_text("#version: 0.2\n")
+    assert tokenizer_identity(str(tmp_path), 300) != before
 
 
 def test_tokenizers_that_do_not_serve_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -307,11 +341,11 @@ def test_the_hub_is_asked_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         "/someone/bpe/resolve/main/tokenizer.json",
     ]
     monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *_: file)
-    assert load_tokenizer("gpt2").get_vocab_size() == 257
+    assert load_tokenizer("gpt2")[0].get_vocab_size() == 257
     monkeypatch.setattr("huggingface_hub.get_hf_file_metadata", lambda url: None)
     monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *_: None)
     monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda *_: file)
-    assert load_tokenizer("gpt2").get_vocab_size() == 257
+    assert load_tokenizer("gpt2")[0].get_vocab_size() == 257
 
 
 def test_identity_of_a_tokenizer(tmp_path: Path) -> None:

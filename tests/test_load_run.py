@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,11 @@ import pytest
 import torch
 from conftest import WITH_PARAMETERS
 from safetensors import SafetensorError
+from tokenizers import Tokenizer
 
 from command_line import dump
 from config import BadInput, Config, Failure, Model, Regularizers
-from data.tokenizers import byte_tokenizer
+from data.tokenizers import byte_tokenizer, load_tokenizer
 from model import huggingface
 from model.gpt import GPT
 from model.huggingface import write_directory
@@ -97,6 +99,24 @@ def test_a_checkpoint_can_be_named(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.chdir(run / "checkpoints")
     assert step_of(load_model("step_00000020")[0]) == 20
     assert run_tokenizer("step_00000020") == run / "tokenizer.json"
+
+
+def test_a_run_knows_the_end_of_text_of_its_tokenizer_s_files(
+    tiny: Callable[..., list[str]], train: Callable[..., subprocess.CompletedProcess[str]], tmp_path: Path
+) -> None:
+    """A token that we would not take for one is carried from the tokenizer's directory to corpus, run and export."""
+    tokenizer = Tokenizer.from_str(byte_tokenizer().to_str().replace("<|endoftext|>", "<|bos|>"))
+    (tmp_path / "theirs").mkdir()
+    tokenizer.save(str(tmp_path / "theirs/tokenizer.json"))
+    (tmp_path / "theirs/tokenizer_config.json").write_text('{"eos_token": "<|bos|>"}')
+    ended = train(tiny(data__tokenizer=tmp_path / "theirs", training__max_steps=1))
+    assert ended.returncode == 0, ended.stderr
+    run = tmp_path / "runs/tiny"
+    assert export_huggingface.main([str(run), str(tmp_path / "export")]) == 0
+    (corpus,) = (tmp_path / "corpora").glob("text-*")
+    for directory in (corpus, run, tmp_path / "export"):
+        assert load_tokenizer(str(directory))[1] == 256
+    assert json.loads((tmp_path / "export/config.json").read_text())["eos_token_id"] == 256
 
 
 @pytest.mark.parametrize("pointer", [None, "{", "[]", '{"checkpoint": "../../elsewhere"}', '{"checkpoint": 3}'])

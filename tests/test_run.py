@@ -137,6 +137,17 @@ def test_watching_changes_no_weight(reference: Path, train: Train, tiny: Flags, 
     assert weights(tmp_path / "runs/tiny", 24) == weights(reference, 24)
 
 
+def test_a_checkpoint_is_saved_when_the_last_is_too_long_ago(
+    reference: Path, train: Train, tiny: Flags, tmp_path: Path
+) -> None:
+    """After every step, when any time is too long; and no bit of the weights is another."""
+    flags = tiny(**DROPOUT, evaluation__every=24, checkpoint__minutes=1e-6, checkpoint__keep=30)
+    assert train(flags).returncode == 0
+    run = tmp_path / "runs/tiny"
+    assert sorted(read_state(path)["step"] for path in existing(run / "checkpoints")) == list(range(1, 25))
+    assert weights(run, 24) == weights(reference, 24)
+
+
 @pytest.mark.parametrize(("steps", "traced"), [(3, [5, 6, 7]), (100, [*range(5, 25)])])
 def test_a_profile_changes_no_weight_and_holds_its_steps(
     steps: int, traced: list[int], reference: Path, train: Train, tiny: Flags, tmp_path: Path
@@ -170,7 +181,10 @@ def test_a_changed_config_is_refused_and_nothing_is_touched(train: Train, tiny: 
     assert all(f"  {knob.replace('__', '.')}: the run has " in refused.stderr for knob in changes)
     assert before == {path: path.read_bytes() for path in run.rglob("*") if path.is_file() and path.name != "lock"}
     # What only watches the run may change.
-    assert train(tiny(training__max_steps=3, tracking__log_every=7, checkpoint__every=2)).returncode == 0
+    assert (
+        train(tiny(training__max_steps=3, tracking__log_every=7, checkpoint__every=2, data__corpus="auto")).returncode
+        == 0
+    )
 
 
 def test_starting_afresh_moves_the_old_run_aside(train: Train, tiny: Flags, tmp_path: Path) -> None:

@@ -51,6 +51,7 @@ from studies.processes import fork
 atexit.register(lambda: open("atexit.txt", "a").write("parent "))
 signal.signal(signal.SIGTERM, lambda *_: open("handled.txt", "w"))
 signal.signal(signal.SIGUSR1, signal.default_int_handler)
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which jobs in a shell's background ignore
 with open("log.txt", "a") as log:
     child = fork(sys.argv[1:], {"MINE": "yes"}, log)
     print(child.wait(60), end="")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import AveragedModel
 
 from command_line import parse
 from config import BadInput, Regularizers
@@ -102,10 +102,12 @@ def walk(model: nn.Linear, steps: int) -> None:
         model.weight.add_(torch.randn(model.weight.shape, generator=torch.Generator().manual_seed(steps)))
 
 
-def test_ema_is_torchs() -> None:
+def test_ema_is_torchs_with_the_decays_of_a_short_run() -> None:
     model = nn.Linear(3, 3)
-    theirs = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.9))
-    ours = WeightAverage(Regularizers(ema_decay=0.9), total_steps=20)
+    # The first weights are taken as they are; 14/23 at step 13 would be above 0.6.
+    decays = [3/12, 4/13, 5/14, 6/15, 7/16, 8/17, 9/18, 10/19, 11/20, 12/21, 13/22, *[0.6] * 8]  # fmt: skip
+    theirs = AveragedModel(model, avg_fn=lambda average, new, n: torch.lerp(new, average, decays[int(n) - 1]))
+    ours = WeightAverage(Regularizers(ema_decay=0.6), total_steps=20)
     for step in range(1, 21):
         walk(model, step)
         ours.update(dict(model.named_parameters()), step)

@@ -115,7 +115,7 @@ def initial_weights(
     if their_vocab_size != vocab_size:
         lines.append(f"\n  its vocabulary has {their_vocab_size:,} entries, the corpus {vocab_size:,}; {use_theirs}")
     known = tokenizer is not None and (directory / "tokenizer.json").is_file()
-    if known and not lines and load_tokenizer(str(directory)).get_vocab() != tokenizer.get_vocab():  # type: ignore[union-attr]
+    if known and not lines and load_tokenizer(str(directory))[0].get_vocab() != tokenizer.get_vocab():  # type: ignore[union-attr]
         lines.append(f"\n  its vocabulary is as large as the corpus's, but the entries differ; {use_theirs}")
     if lines:
         raise BadInput(f"run.init_from = {path} cannot be the beginning of this run:" + "".join(lines))

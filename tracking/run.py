@@ -13,6 +13,7 @@ import files
 from command_line import dump
 from config import BadInput, Config
 from data.shards import Corpus
+from data.tokenizers import TOKENIZER_FILES
 from hardware import Hardware, device_metrics, operations_per_token, peak_memory
 from model.gpt import AUXILIARY
 from program import FINISHED, PREEMPTED, warn
@@ -192,9 +193,10 @@ class Run:
         self.warnings += run_directory.bits_may_differ(self.before.get("hardware", {}), hardware)
         for warning in self.warnings:
             warn(warning)
-        if not (self.path / "tokenizer.json").exists():  # kept, so that a run can be moved or exported alone
-            with files.replacing(self.path / "tokenizer.json") as temporary:
-                shutil.copyfile(corpus.directory / "tokenizer.json", temporary)
+        for name in TOKENIZER_FILES:  # kept, so that a run can be moved or exported alone
+            if (corpus.directory / name).exists() and not (self.path / name).exists():
+                with files.replacing(self.path / name) as temporary:
+                    shutil.copyfile(corpus.directory / name, temporary)
         parameters, model = learner.model.count_parameters(), self.config.model
         self.operations = operations_per_token(parameters, model.n_layers, model.d_model, model.context_length)
         self.update_summary(

@@ -17,7 +17,7 @@ from typing import Any, TextIO
 import files
 from command_line import from_mapping, load_yaml
 from config import BadInput, Config, Failure
-from data.sources import short_name
+from data.sources import kind_of, short_name
 from training.checkpoint import existing
 
 # Knobs that say where a run lives, how it is watched and what is kept of it. They are left out of the default
@@ -38,7 +38,7 @@ def default_name(config: Config) -> str:
     """Short words and a hash of everything that can change the result: the same config finds its own run."""
     default = Config().flat()  # a knob added later, at its default, leaves the names of earlier runs as they were
     identity = {key: value for key, value in config.flat().items() if not is_free(key) and value != default[key]}
-    corpus = short_name(config.data.path or "") or config.data.corpus
+    corpus = short_name(config.data.path or "") or kind_of(config.data)
     shape = f"{config.model.family}-{config.model.n_layers}x{config.model.d_model}"
     return f"{corpus}-{shape}-{files.hash_of(identity)[:8]}"
 
@@ -115,8 +115,9 @@ def check_config(directory: Path, config: Config) -> list[str]:
     if not (directory / "config.yaml").exists():
         raise BadInput(f"{directory} has checkpoints but no config.yaml; restore it or use another --run.name")
     stored, asked = read_config(directory).flat(), config.flat()
-    if asked["training.micro_batch_size"] == "auto":  # it was, and is what it came to
-        asked["training.micro_batch_size"] = stored["training.micro_batch_size"]
+    for key in ("training.micro_batch_size", "data.corpus"):
+        if "auto" in (stored[key], asked[key]):  # auto is what it came to, and the corpus itself is compared later
+            asked[key] = stored[key]
     changed = {key: (stored[key], asked[key]) for key in asked if stored[key] != asked[key]}
     serious = {key: pair for key, pair in changed.items() if not is_free(key) and key not in HARDWARE}
     if serious:

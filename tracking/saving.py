@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -40,12 +41,19 @@ class Saver:
         self.config, self.hardware, self._before = config, hardware, before
         self.best: dict[str, Any] | None = None
         self.failed = 0  # in a row
+        self.saved_at = time.monotonic()
         self._writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="saving")
         self._being_saved: tuple[Progress, Future[str]] | None = None
 
     def close(self) -> None:
         """Return when nothing is being written any more."""
         self._writer.shutdown()
+
+    @property
+    def due(self) -> bool:
+        """Whether checkpoint.minutes have passed since the last save."""
+        minutes = self.config.checkpoint.minutes
+        return minutes is not None and time.monotonic() - self.saved_at >= 60 * minutes
 
     def save(self, progress: Progress, learner: Learner, plan: Plan) -> None:
         """Commit a checkpoint, point at it, and only then prune older ones.
@@ -54,6 +62,7 @@ class Saver:
         when no later checkpoint would follow.
         """
         self._settle(progress)
+        self.saved_at = time.monotonic()
         check_weights(learner.layout, progress.step)
         shares = gathered(torch.tensor([progress.samples % 2**62]), self.hardware)
         samples = sum(shares.flatten().tolist()) % 2**62

@@ -61,10 +61,10 @@ class Plan:
         return [f"checkpoint.at: step {step:,} will not be reached, {ends}" for step in late]
 
     def saves_at(self, progress: Progress) -> bool:
-        """Whether a checkpoint is due: by its interval, of a milestone, of each new best, and of the last step."""
+        """Whether a checkpoint is due: by interval or clock, of a milestone, of each new best, and of the last step."""
         step, best = progress.step, progress.best
         due = step % self.checkpoint_every == 0 if self.checkpoint_every else self.evaluates_at(step)
-        due = due or step in self.milestones
+        due = due or step in self.milestones or progress.save_due
         return due or progress.over(self) or (best is not None and best["step"] == step)
 
 
@@ -118,6 +118,7 @@ class Progress:
     """The averaged weights count what was trained after this step (see ``branched``)."""
     preempted: bool = field(default=False, metadata={"stored": False})
     stopped_early: bool = field(default=False, metadata={"stored": False})
+    save_due: bool = field(default=False, metadata={"stored": False})
 
     def stored(self) -> dict[str, Any]:
         """What state.json holds."""
@@ -149,7 +150,7 @@ class Progress:
         self.step += 1
         self.tokens = self.step * config.tokens_per_step
         self.samples += result.samples
-        self.preempted = result.preempted
+        self.preempted, self.save_due = result.preempted, result.save_due
         overflowed = self.adapt_loss_scale(result)
         self.nonfinite = 0 if result.is_finite or overflowed else self.nonfinite + 1
         if self.nonfinite >= config.training.max_nonfinite:

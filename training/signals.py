@@ -10,7 +10,7 @@ from program import STOP_SIGNALS, is_main_process
 
 
 class StopSignals:
-    """While the block lasts, SIGTERM, SIGUSR1 and Ctrl-C set ``received``; a second Ctrl-C leaves at once, unsaved."""
+    """While the block lasts, STOP_SIGNALS and Ctrl-C set ``received``; a second Ctrl-C leaves at once, unsaved."""
 
     def __init__(self) -> None:
         self.received = False
@@ -29,4 +29,4 @@ class StopSignals:
             raise KeyboardInterrupt
         self.received = True
         if is_main_process():
-            print("\nstopping after this step; its checkpoint will be saved", flush=True)
+            print("\nstopping: this step is finished and saved; Ctrl-C again leaves without that", flush=True)

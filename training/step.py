@@ -45,6 +45,8 @@ class StepResult:
     seconds: float
     loss_scale: float | None = None
     """fp16: what the loss was multiplied by."""
+    save_due: bool = False
+    """Whether a process's clock asks for a checkpoint."""
     is_spike: bool = False
 
     @property
@@ -54,11 +56,17 @@ class StepResult:
 
 
 def training_step(
-    learner: Learner, batches: Batches, step: int, signals: StopSignals | None = None, loss_scale: float = 2.0**16
+    learner: Learner,
+    batches: Batches,
+    step: int,
+    signals: StopSignals | None = None,
+    loss_scale: float = 2.0**16,
+    save_due: bool = False,
 ) -> StepResult:
     """Train on this process's micro-batches of the step with index ``step``, the next ones of ``batches``.
 
-    ``loss_scale``, a power of two, matters in fp16 alone.
+    ``loss_scale``, a power of two, matters in fp16 alone. ``save_due``: whether this process's clock asks for a
+    checkpoint, which all processes must hear of.
     """
     started, config, model = time.perf_counter(), learner.config_at(step), learner.model
     training, names = config.training, list[str]()
@@ -72,10 +80,10 @@ def training_step(
         last = learner.gradients.expect_last_pass if micro_batch == learner.micro_batches[-1] else None
         taught, factor = learner.teachers, scale or 1.0
         terms = differentiate(batch, key, model, learner.forward, config, learner.hardware, taught, last, factor)
-        # What is summed along with the gradients: the loss terms, and whether this process was told to stop.
+        # What is summed along with the gradients: the loss terms, and what this process alone knows.
         names = sorted(terms)
-        vote = terms["objective"].new_full((), bool(signals and signals.received))
-        values_N = torch.stack([*(terms[name].detach() for name in names), vote])
+        votes_2 = terms["objective"].new_tensor([bool(signals and signals.received), save_due])
+        values_N = torch.cat([torch.stack([terms[name].detach() for name in names]), votes_2])
         inject_fault("gradient", step + 1, [values_N, *learner.layout.gradients()])
         learner.gradients.add(micro_batch, values_N)
         batches.advance()  # while a GPU still computes: nothing has waited for it yet
@@ -87,7 +95,7 @@ def training_step(
     add_penalty_gradients(learner.decayed.values(), config.regularizers)
     norm, sums_N = learner.gradients.norm_and_values()
     clip_gradients(learner.layout.weights.values(), config.optimizer.grad_clip, norm)
-    gradient_norm, *sums, votes = torch.cat([norm[None], sums_N]).tolist()  # the step's only synchronisation
+    gradient_norm, *sums, stops, saves = torch.cat([norm[None], sums_N]).tolist()  # the step's only synchronisation
     for optimizer in learner.optimizers:
         if math.isfinite(gradient_norm):  # if not, nothing changes, on no process: it is summed, so all see the same
             update_weights(optimizer, config.regularizers)
@@ -96,7 +104,7 @@ def training_step(
     inject_fault("weights", step + 1, learner.layout.weights.values())
     sums_by_name = dict(zip(names, sums, strict=True))
     seconds = time.perf_counter() - started
-    return StepResult(sums_by_name, gradient_norm, learning_rate, votes > 0, samples, seconds, scale)
+    return StepResult(sums_by_name, gradient_norm, learning_rate, stops > 0, samples, seconds, scale, saves > 0)
 
 
 def differentiate(

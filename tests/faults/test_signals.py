@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
+from conftest import ROOT
 from launch import end, start, wait_until
 from oracle import Train, same_as
 
@@ -92,6 +97,32 @@ def test_a_signal_waits_until_torch_is_imported(train: Train, tiny: Flags, tmp_p
     (tmp_path / "sitecustomize.py").write_text(STRIKE)
     ended = train(tiny(), PYTHONPATH=str(tmp_path))
     assert (ended.returncode, ended.stderr) == (3, "the import goes on\ninterrupted\n")
+
+
+@pytest.mark.slow
+@pytest.mark.fault(12)
+@pytest.mark.parametrize("nohup", [False, True])
+def test_the_terminal_closes(nohup: bool, tiny: Flags, tmp_path: Path) -> None:
+    """The run saves, stops and goes on when asked; under nohup it goes on by itself."""
+    assert end(start(tiny(run__name="alone", **SHARED), tmp_path))[0] == [0]
+    run = tmp_path / "runs/tiny"
+    terminal, ours = os.openpty()
+    command = [*["nohup"] * nohup, sys.executable, str(ROOT / "train.py"), *tiny(**SHARED)]
+    process = subprocess.Popen(command, cwd=tmp_path, preexec_fn=lambda: os.login_tty(ours))
+    os.close(ours)
+
+    def far_enough() -> bool:
+        os.set_blocking(terminal, False)
+        with suppress(OSError):  # nothing to read; or nohup let it go
+            os.read(terminal, 2**16)  # else it fills, and the run waits
+        return len(read_metrics(run)) >= 3
+
+    wait_until(far_enough, process)
+    os.close(terminal)
+    assert process.wait(60) == (0 if nohup else 3)
+    assert (read_summary(run)["steps"] == 24) is nohup
+    assert end(start(tiny(**SHARED), tmp_path))[0] == [0]
+    same_as(tmp_path / "runs/alone", run)
 
 
 def test_a_second_ctrl_c_leaves_at_once(tiny: Flags, tmp_path: Path) -> None:

@@ -381,8 +381,8 @@ def replay(config: Config, corpus: Corpus) -> tuple[list[dict[str, float]], Weig
 
         now, done = {name: weight.detach().clone() for name, weight in weights.items()}, step + 1
         if knobs.ema_decay:
-            before = average or now
-            average = {name: knobs.ema_decay * before[name] + (1 - knobs.ema_decay) * now[name] for name in now}
+            before, kept = average or now, min(knobs.ema_decay, (1 + done) / (10 + done))
+            average = {name: kept * before[name] + (1 - kept) * now[name] for name in now}
         elif knobs.swa_start is not None and done >= knobs.swa_start * total:
             place, rest = divmod(done - round(knobs.swa_start * total), knobs.swa_every)
             if rest == 0:

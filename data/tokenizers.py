@@ -11,22 +11,19 @@ import difflib
 import json
 import os
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from config import BadInput
-from data.pieces import cut
 from files import sha256
 
 END_OF_TEXT = "<|endoftext|>"
 KNOWN_ENDS = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>", "<|eos|>", "<|end▁of▁sentence|>", "[EOS]", "<|im_end|>")
 VOCABULARY, MERGES = GPT2_FILES = "vocab.json", "merges.txt"  # what GPT-2's tokenizer was published as
 TOKENIZER, CONFIG = TOKENIZER_FILES = "tokenizer.json", "tokenizer_config.json"  # the second names the end-of-text
-PIECE = 65_536  # characters of a piece at most
-BPE_CHARACTERS = 10**9  # a BPE's merges are settled long before so much text
 
 # The visible stand-ins for the bytes 0 to 255 that GPT-2 introduced and the library's ByteLevel uses.
 _VISIBLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
@@ -50,7 +47,7 @@ def byte_tokenizer() -> Tokenizer:
 def train_bpe(documents: Iterable[str], vocab_size: int, quiet: bool = True) -> Tokenizer:
     """A byte-level BPE of ``vocab_size`` entries (fewer if the text is too short for so many), end-of-text included.
 
-    At most the first billion characters are used. The same documents give the same tokenizer.
+    The same documents give the same tokenizer.
     """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -61,16 +58,7 @@ def train_bpe(documents: Iterable[str], vocab_size: int, quiet: bool = True) -> 
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=not quiet and sys.stderr.isatty(),
     )
-
-    def texts() -> Iterator[str]:
-        left = BPE_CHARACTERS
-        for piece in cut(((document, True) for document in documents), PIECE):
-            yield piece.text
-            left -= len(piece.text)
-            if left <= 0:
-                return
-
-    tokenizer.train_from_iterator(texts(), trainer)
+    tokenizer.train_from_iterator(documents, trainer)
     return plain(tokenizer, 0)
 
 
@@ -153,12 +141,12 @@ def hub_file(name: str, file: str) -> str:
     return hf_hub_download(name, file)
 
 
-def tokenizer_identity(knob: str, vocab_size: int) -> dict[str, Any]:
+def tokenizer_identity(knob: str, vocab_size: int, sample: int = 10**9) -> dict[str, Any]:
     """What tells one tokenizer from another before it is made: JSON-able, a part of the corpus's fingerprint."""
     if knob == "byte":
         return {"kind": "byte"}
     if knob == "bpe":
-        return {"kind": "bpe", "vocab_size": vocab_size}
+        return {"kind": "bpe", "vocab_size": vocab_size, "sample": sample}
     file = tokenizer_file(knob)
     if file is None:
         return {"kind": "hub", "name": knob}

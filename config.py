@@ -131,7 +131,9 @@ class Data(Section):
     """stdlib: the source of Python's own standard library. text: your files. huggingface: a dataset, by name or as
     `datasets` saved it. auto: what data.path is; without one, stdlib."""
     path: str | None = None
-    """A file or a glob such as 'books/*.txt' (text, .jsonl, .parquet), or a dataset's name or directory."""
+    """A file or a glob such as 'books/*.txt' (text; .jsonl, .json, .csv, .tsv and .parquet have fields; .gz, .bz2, .xz
+    or .zst may follow), an address (s3://, gs://, hf://, https://), a dataset's name or directory, or a corpus that is
+    prepared already, such as corpora/books-0123456789ab, whose text is not needed any more."""
     subset: str | None = None
     """huggingface: the dataset's configuration."""
     source_split: str = "train"
@@ -140,6 +142,8 @@ class Data(Section):
     """The field (JSON key, column) that holds the text."""
     document: Literal["auto", "file", "line", "field"] = "auto"
     """What one document is. auto: a field for .jsonl, .parquet and datasets, else a file."""
+    separator: str | None = Field(None, min_length=1)
+    """Plain text: what stands between two documents of a file, such as <|endoftext|>. null: a file is a document."""
     streaming: bool = False
     """huggingface: read without downloading the whole dataset first."""
     max_documents: int | None = Field(None, ge=1)
@@ -162,7 +166,8 @@ class Data(Section):
     train_tokens: int | None = Field(None, ge=2)
     """Train on only the first so many tokens (to study scarce data)."""
     shuffle: Literal["windows", "documents"] = "windows"
-    """What is permuted anew each epoch: windows of the token stream, or whole documents and then windows."""
+    """What is permuted anew each epoch: windows of the token stream, or whole documents, each among a thousand
+    neighbours, and then windows."""
     isolate_documents: bool = False
     """No token attends to another document; positions restart in each."""
 
@@ -173,6 +178,8 @@ class Data(Section):
         if self.corpus not in ("auto", "stdlib") and not self.path:
             what = "files or a glob" if self.corpus == "text" else "the dataset's name"
             raise ValueError(f"data.corpus={self.corpus} needs data.path ({what})")
+        if self.separator is not None and self.document != "auto":
+            raise ValueError("data.separator says what a document is; leave data.document at auto")
         if self.val_fraction + self.test_fraction >= 1:
             raise ValueError("data.val_fraction + data.test_fraction must leave something to train on (be below 1)")
         return self
@@ -434,8 +441,8 @@ class Training(Section):
     global_batch_size: int = Field(16, ge=1)
     """Sequences of one optimizer step, over all processes and micro-batches."""
     micro_batch_size: Literal["auto"] | Count | None = None
-    """Sequences that go through the model at once on one device. null: global_batch_size. auto: the most that its
-    memory holds, found when the run begins, by arithmetic, and kept when it goes on."""
+    """Sequences that go through the model at once on one device. null: the share of each process. auto: the most that
+    its memory holds. Both are found when the run begins, by arithmetic, and kept when it goes on."""
     deterministic: Literal["fast", "ordinary", "strict"] = "ordinary"
     """ordinary: a run repeats bit for bit on the same hardware. strict: on any number of processes with equal
     run.threads; costs memory and time. fast: GPUs may choose faster sums that do not repeat; no change on a CPU."""
@@ -459,7 +466,7 @@ class Training(Section):
 
     @property
     def micro_size(self) -> int:
-        """Sequences of one micro-batch, the null resolved; of auto the most that there can be."""
+        """Sequences of one micro-batch; of null and auto the most that there can be."""
         size = self.micro_batch_size
         return size if isinstance(size, int) else self.global_batch_size
 

@@ -127,6 +127,10 @@ def exit_code(main: Callable[[list[str]], int | None], arguments: list[str]) -> 
         return BAD_INPUT
     except Failure as failure:
         tell_error(str(failure))
+    except ModuleNotFoundError as missing:
+        way_out = "use .venv/bin/python, which make .venv/train.installed makes"
+        tell_error(f"{sys.executable} has no module {missing.name}; {way_out}")
+        return BAD_INPUT
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return PREEMPTED

@@ -10,6 +10,7 @@ import os
 import sys
 from typing import TYPE_CHECKING
 
+import scripts as scripts  # first of all it says when another Python than the project's is used
 from command_line import parse
 from config import BadInput, Config
 from program import import_torch, run
@@ -69,7 +70,7 @@ def train(config: Config, hardware: Hardware) -> int:
         if run.finished:
             return run.tell_again(lambda records: diagnose(records, config).text())
 
-        # One process prepares the corpus, if it is not there yet, and verifies all of it; then the others open it.
+        # One process prepares the corpus, if it is not there yet; then the others open it.
         corpus = main_first(hardware, lambda main: Corpus.open(prepare(config.data, quiet=not main), verify=main))
         config = run.settled(corpus)
         sizes = config.model.context_length, config.training.global_batch_size
@@ -85,13 +86,13 @@ def train(config: Config, hardware: Hardware) -> int:
         progress = run.resume(learner, corpus)
 
         with StopSignals() as signals, watched(learner, run.failed), run.profiled() as step_is_done:
-            run.begin(progress, learner, corpus, plan, loader.split.n_tokens)
             batches = loader.batches(
                 range(progress.step, plan.total_steps),
                 learner.micro_batches,
                 config.training.micro_size,
                 hardware.device,
             )
+            run.begin(progress, learner, corpus, plan, loader.split.n_tokens)
             while not progress.over(plan):
                 result = training_step(learner, batches, progress.step, signals, progress.loss_scale, run.saver.due)
                 step_is_done()

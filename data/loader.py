@@ -9,8 +9,14 @@ so each token inside the windowed stretch is a target exactly once an epoch:
                       [e f g h]                  window 1 predicts f g h from e f g
 
 Every epoch e draws an offset below T, so that the cuts fall elsewhere each time, and a permutation of its windows,
-both from (seed, purpose, e). With data.shuffle=documents the documents are put in a new order first and the stream
-is theirs. All epochs have the same number of windows, one less than would fit without an offset.
+both from (seed, purpose, e). The permutation is computed, not stored (see permutation.py), so memory does not grow with
+the corpus. All epochs have the same number of windows, one less than would fit without an offset.
+
+With data.shuffle=documents the documents change places first, and the stream is theirs. They do so in stretches of
+1,024 neighbours, each put in an order of its own; where the stretches begin is drawn for each epoch, so that in the
+long run a document goes far. What stands far apart is mixed by the permutation of the windows, which goes over the
+whole corpus. (A single order of all documents would need the lengths of all that come before a position to find what
+is there; here its stretch is enough, and memory does not grow with the corpus.)
 
 Thus there is an endless list of samples: sample i is window order_e[i mod W] of epoch e = i div W. Sequence k of
 step s is sample s * global_batch_size + k. This is arithmetic, not state: there is nothing to save, a resumed run
@@ -35,9 +41,14 @@ import numpy as np
 import torch
 
 from config import BadInput, Data
+from data.permutation import Permutation, mix
 from data.shards import Split
 from hardware import moved
 from randomness import numpy_generator
+
+DATA_ORDER = 2  # raise it when the same config would see other samples; runs that began with another are refused
+STRETCH = 1024  # documents that change places with each other
+CHUNK = 1024  # windows whose order is computed together
 
 
 @dataclass(frozen=True)
@@ -79,24 +90,63 @@ class Batch:
 
 
 @dataclass(frozen=True)
-class Shuffled:
-    """A split with its documents in another order."""
+class Stretch:
+    """Neighbouring documents in another order: where each begins now, where the last ends, and by how much each moved.
 
-    split: Split
-    order: np.ndarray  # [n_documents]: which document of the split comes first, second, ...
-    document_starts: np.ndarray  # [n_documents]: where each of them begins now
-    document_ends: np.ndarray  # [n_documents]: and where it ends
+    begins, moved: int64 [documents]; the tokens of document i are begins[i] + moved[i] and so on of the split.
+    """
+
+    begins: np.ndarray
+    end: int
+    moved: np.ndarray
+
+
+class Shuffled:
+    """A split whose documents have changed places with others of their stretch, in the way of one epoch."""
+
+    def __init__(self, split: Split, seed: int, epoch: int) -> None:
+        self.split, self.seed, self.epoch = split, seed, epoch
+        self.n_documents = split.n_documents
+        # The first stretch is shorter; where one is enough it holds all documents.
+        borders = numpy_generator(seed, "document stretches", epoch)
+        self.missing = int(borders.integers(STRETCH)) if self.n_documents > STRETCH else 0
+        self._stretch = lru_cache(maxsize=512)(self._draw_stretch)  # 8 MB at most
 
     def read(self, begin: int, end: int) -> np.ndarray:
         """Tokens begin..end of the new stream, int64."""
         parts = []
-        index = int(np.searchsorted(self.document_starts, begin, side="right")) - 1
         while begin < end:
-            stop = min(int(self.document_ends[index]), end)
-            shift = int(self.split.document_starts[self.order[index]] - self.document_starts[index])
-            parts.append(self.split.read(begin + shift, stop + shift))
-            begin, index = stop, index + 1
+            stretch = self._stretch_at(begin)
+            index = int(np.searchsorted(stretch.begins, begin, side="right")) - 1
+            while begin < min(end, stretch.end):
+                ends = stretch.begins[index + 1] if index + 1 < len(stretch.begins) else stretch.end
+                stop, moved = min(int(ends), end), int(stretch.moved[index])
+                parts.append(self.split.read(begin + moved, stop + moved))
+                begin, index = stop, index + 1
         return np.concatenate(parts)
+
+    def starts(self, begin: int, end: int) -> np.ndarray:
+        """Where documents begin among tokens begin..end of the new stream, int64, ascending."""
+        parts = [np.zeros(0, np.int64)]
+        while begin < end:
+            stretch = self._stretch_at(begin)
+            parts.append(stretch.begins[slice(*np.searchsorted(stretch.begins, (begin, end)))])
+            begin = stretch.end
+        return np.concatenate(parts)
+
+    def _stretch_at(self, token: int) -> Stretch:
+        """The one with ``token``, in the old stream as in the new: no document leaves its stretch."""
+        return self._stretch((self.split.documents_before(token + 1) - 1 + self.missing) // STRETCH)
+
+    def _draw_stretch(self, number: int) -> Stretch:
+        first, last = (min(max(0, (number + i) * STRETCH - self.missing), self.n_documents) for i in range(2))
+        borders = self.split.document_starts(first, min(last + 1, self.n_documents))
+        if last == self.n_documents:
+            borders = np.append(borders, self.split.n_tokens)
+        order = numpy_generator(self.seed, "document order", self.epoch, number).permutation(last - first)
+        ends = borders[0] + np.cumsum(np.diff(borders)[order])
+        begins = np.concatenate((borders[:1], ends[:-1]))
+        return Stretch(begins, int(borders[-1]), borders[order] - begins)
 
 
 @dataclass(frozen=True)
@@ -104,12 +154,12 @@ class Epoch:
     """One pass: where its windows begin, in which order they come, and the stream of which they are windows."""
 
     offset: int
-    order: np.ndarray  # [windows_per_epoch]
+    order: Permutation  # of windows_per_epoch
     stream: Split | Shuffled
 
 
 class TrainingLoader:
-    """The endless samples of a training split, as the essay above tells. Holds no state but a cache of two epochs.
+    """The endless samples of a training split, as the essay above tells. Holds no state but small caches.
 
     Raises BadInput if the split (its first data.train_tokens tokens, if that is set) is shorter than one window.
     """
@@ -131,6 +181,7 @@ class TrainingLoader:
         self.windows_per_epoch = max(1, (n - 1) // context_length - 1)
         self.steps_per_epoch = self.windows_per_epoch / global_batch_size
         self._epoch = lru_cache(maxsize=2)(self._draw_epoch)
+        self._windows = lru_cache(maxsize=4)(self._order_windows)
 
     def epoch_at(self, step: int) -> float:
         """Passes over the data that are complete before ``step``."""
@@ -148,7 +199,7 @@ class TrainingLoader:
         for sample in range(step * self.global_batch_size + first, step * self.global_batch_size + first + count):
             epoch_number, index = divmod(sample, self.windows_per_epoch)
             epoch = self._epoch(epoch_number)
-            window = int(epoch.order[index])
+            window = int(self._windows(epoch_number, index // CHUNK)[index % CHUNK])
             windows.append((epoch.stream, epoch.offset + window * self.context_length))
             ids.append(epoch_number * self.windows_per_epoch + window)
         return make_batch(windows, self.context_length, ids, self.isolate_documents)
@@ -162,13 +213,13 @@ class TrainingLoader:
         slack = split.n_tokens - 1 - self.windows_per_epoch * self.context_length
         offsets = min(self.context_length, slack + 1)
         offset = int(numpy_generator(self.seed, "data offset", number).integers(offsets))
-        order = numpy_generator(self.seed, "data order", number).permutation(self.windows_per_epoch)
-        if not self.shuffle_documents:
-            return Epoch(offset, order, split)
-        documents = numpy_generator(self.seed, "document order", number).permutation(split.n_documents)
-        lengths = np.diff(split.document_starts, append=split.n_tokens)[documents]
-        ends = np.cumsum(lengths)
-        return Epoch(offset, order, Shuffled(split, documents, ends - lengths, ends))
+        order = Permutation.draw(self.windows_per_epoch, self.seed, "data order", number)
+        return Epoch(offset, order, Shuffled(split, self.seed, number) if self.shuffle_documents else split)
+
+    def _order_windows(self, epoch_number: int, chunk: int) -> np.ndarray:
+        """A CHUNK of an epoch's order: many windows at once cost little more than one."""
+        places = np.arange(chunk * CHUNK, min((chunk + 1) * CHUNK, self.windows_per_epoch))
+        return self._epoch(epoch_number).order(places)
 
 
 class Batches:
@@ -244,13 +295,13 @@ def fingerprint(first_sample: int, sample_ids_B: np.ndarray) -> int:
     """A number below 2^62 for "the run's samples first_sample, first_sample + 1, ... were these".
 
     The sum of the numbers of all parts stands for all samples of a run, however they were shared out into
-    micro-batches and processes. (The mixing is SplitMix64's, Steele 2014.)
+    micro-batches and processes.
     """
     position = np.arange(first_sample, first_sample + len(sample_ids_B), dtype=np.uint64)
-    mixed = position * np.uint64(0x9E3779B97F4A7C15) + sample_ids_B.astype(np.uint64) * np.uint64(0xD1342543DE82EF95)
-    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
-        mixed = (mixed ^ (mixed >> np.uint64(shift))) * np.uint64(factor)
-    return int(sum((mixed ^ (mixed >> np.uint64(31))).tolist()) % 2**62)
+    mixed = mix(
+        position * np.uint64(0x9E3779B97F4A7C15) + sample_ids_B.astype(np.uint64) * np.uint64(0xD1342543DE82EF95)
+    )
+    return int(sum(mixed.tolist()) % 2**62)
 
 
 def make_batch(
@@ -263,8 +314,7 @@ def make_batch(
         is_start_BT = np.zeros((len(windows), length), dtype=np.int64)
         for row, (stream, begin) in zip(is_start_BT, windows, strict=True):
             # The first document shown is number 0, whether it begins here or was cut.
-            first, last = np.searchsorted(stream.document_starts, (begin + 1, begin + length))
-            row[stream.document_starts[first:last] - begin] = 1
+            row[stream.starts(begin + 1, begin + length) - begin] = 1
         index_T = np.arange(length)
         positions_BT = torch.from_numpy(index_T - np.maximum.accumulate(is_start_BT * index_T, axis=1))
         documents_BT = torch.from_numpy(np.cumsum(is_start_BT, axis=1))

@@ -23,7 +23,7 @@ import shutil
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, nullcontext, suppress
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, TextIO
@@ -37,6 +37,7 @@ from config import BadInput, Data
 from data import blocks
 from data.blocks import BLOCK, Block, Place
 from data.encoding import Encoder
+from data.known import prepared
 from data.pieces import Piece, cut
 from data.readers import HELD_OUT
 from data.sources import Source, open_source
@@ -68,7 +69,7 @@ def prepare(
     job: tuple[int, int] | None = None,
     merge: bool = False,
 ) -> Path:
-    """The directory of the corpus that ``config`` describes, made under ``root`` if it is not there yet.
+    """The directory of the corpus that ``config`` names or describes, made under ``root`` if it is not there yet.
 
     Processes that prepare the same corpus at the same time do the work once; the others wait. One that was killed
     goes on where it was, but for the block at work. ``job`` (i, n) makes every n-th block alone, beside the other jobs
@@ -77,7 +78,9 @@ def prepare(
 
     Raises BadInput for text that cannot be read, is empty, or leaves a split empty, and for a disk that is full.
     """
-    source = open_source(config)
+    if (directory := prepared(config)) is not None:
+        return directory
+    source = open_source(config, Path(root))
     if not quiet:
         print(f"data       {source.describe}", flush=True)
     identity = {
@@ -101,8 +104,9 @@ def prepare(
                 refuse_gaps(unfinished)
             if job is None:
                 sweep(directory.parent)
-            work = Work(unfinished, source, config, {"fingerprint": fingerprint, **identity}, block_bytes, quiet)
-            summary = work.share(job) if job else work.finish(directory)
+            with nullcontext() if job else clearing(unfinished):
+                work = Work(unfinished, source, config, {"fingerprint": fingerprint, **identity}, block_bytes, quiet)
+                summary = work.share(job) if job else work.finish(directory)
     except OSError as problem:
         raise BadInput(
             f"cannot write the corpus {directory}: {problem.strerror or problem}; check permissions and free space "
@@ -135,11 +139,7 @@ class Work:
                 end = int(state["end_of_text"])
                 self.tokenizer = plain(Tokenizer.from_file(str(directory / TOKENIZER)), end)
             else:
-                try:
-                    self.tokenizer, end, trained_on = make_tokenizer(self.splits, config, quiet)
-                except BadInput:
-                    shutil.rmtree(directory)
-                    raise
+                self.tokenizer, end, trained_on = make_tokenizer(self.splits, config, quiet)
                 files.write_text(directory / TOKENIZER, self.tokenizer.to_str(pretty=True))
                 state |= {"ends": self.splits.ends, "end_of_text": end, "trained_on": trained_on}
                 files.write_json(state_file, state)
@@ -155,14 +155,8 @@ class Work:
 
     def finish(self, directory: Path) -> str:
         """Make all that is missing and let the corpus appear at ``directory``; returns a summary of a few lines."""
-        try:
-            self._encode(0, 1)
-            summary = self._join()
-        except BadInput:
-            # It would end so again. But what others took time for is kept where it may be the network that failed.
-            if "replaced" in self.state or not blocks.there(self.directory):
-                shutil.rmtree(self.directory)
-            raise
+        self._encode(0, 1)
+        summary = self._join()
         (self.directory / "corpus").rename(directory)
         files.sync(directory.parent)
         shutil.rmtree(self.directory)
@@ -240,6 +234,21 @@ class Work:
                     writer.add(*part)
                 bar.update()
         return writer.finish()
+
+
+@contextmanager
+def clearing(unfinished: Path) -> Iterator[None]:
+    """Where text is refused, leave nothing behind.
+
+    But blocks are kept if the text was not read to its end: it may be the network that failed.
+    """
+    try:
+        yield
+    except BadInput:
+        state = unfinished / "state.json"
+        if not blocks.there(unfinished) or "replaced" in json.loads(state.read_text()):
+            shutil.rmtree(unfinished, ignore_errors=True)
+        raise
 
 
 def refuse_gaps(unfinished: Path) -> None:
@@ -485,7 +494,7 @@ class SplitWriter:
         starts = np.concatenate(self.starts)
         blocks.save({"tokens": self.buffer[: self.filled], "document_starts": starts}, file)
         counts = {"tokens": self.filled, "documents": len(starts)}
-        self.shards.append({"file": file.name, **files.entry_of(file), **counts})
+        self.shards.append({"file": file.name, **files.entry_in_blocks(file), **counts})
         self.filled, self.starts = 0, []
 
 

@@ -1,4 +1,6 @@
-"""How text is read: files of text, JSON lines or Parquet, and Hugging Face datasets, mended and counted on the way.
+"""How text is read: files of text, JSON, CSV or Parquet, and Hugging Face datasets, mended and counted on the way.
+
+Files may be compressed, and may be an object store's: anything that fsspec opens by its address.
 
 Readers yield fragments of documents: pairs of a text of any length, and whether its document ends with it. So a file
 is read a megabyte at a time, however long its documents are; a row of JSON or Parquet is one fragment.
@@ -8,27 +10,37 @@ Code that comes with a dataset is never run; the datasets library (>= 4) has no 
 
 from __future__ import annotations
 
+import bz2
 import codecs
+import csv
 import difflib
 import glob
+import gzip
 import hashlib
+import io
 import json
+import lzma
 import os
 import re
 import sys
 import sysconfig
+import zlib
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
+from backports import zstd
+
 from config import BadInput, Data
+from data.tokenizers import END_OF_TEXT
 from files import sha256
 
-JSON_LINES = (".jsonl", ".ndjson")
+JSON, TABLES, PARQUET = (".jsonl", ".ndjson", ".json"), {".csv": ",", ".tsv": "\t"}, ".parquet"
 SAVED, SAVED_SPLITS = "state.json", "dataset_dict.json"  # what tells a saved dataset, or several by name
+COMPRESSIONS: dict[str, Any] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open, ".zst": zstd.open}
 NOT_STDLIB_TEXT = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__", "lib2to3"}
 LARGEST_SHARE_REPLACED = 0.1  # a file with more invalid bytes than this is no text
 CHUNK = 2**20  # bytes of a file that are read at once
@@ -41,6 +53,7 @@ INVALID = "invalid bytes became U+FFFD"
 CRLF = "CRLF became LF"
 MARKS = "byte-order marks dropped"
 EMPTY = "empty documents left out"
+SEPARATORS = f"{END_OF_TEXT} in the text, which separates nothing (--data.separator='{END_OF_TEXT}' would)"
 HELD_OUT = "transformed texts left out that a held-out split has"
 
 
@@ -49,7 +62,7 @@ class Mended(Counter[str]):
 
     def summary(self) -> str:
         """One line, or "nothing"."""
-        kinds = (INVALID, CRLF, MARKS, EMPTY, HELD_OUT)
+        kinds = (INVALID, CRLF, MARKS, EMPTY, SEPARATORS, HELD_OUT)
         return "; ".join(f"{self[what]:,} {what}" for what in kinds if self[what]) or "nothing"
 
     def decode(self, raw: bytes) -> str:
@@ -87,7 +100,9 @@ def stdlib_files() -> tuple[Path, list[Path]]:
 
 
 def text_files(path: str) -> tuple[Path, list[Path]]:
-    """The common directory and the sorted files of a path or glob; raises BadInput if there is none."""
+    """The common directory and the sorted files of a path, a glob or an address; raises BadInput if there is none."""
+    if "://" in path:
+        return Path(), remote_files(path)
     path = os.path.expanduser(path)
     if os.path.isdir(path):
         example = os.path.join(path, "**", "*.txt")
@@ -106,17 +121,57 @@ def text_files(path: str) -> tuple[Path, list[Path]]:
     return Path(os.path.commonpath([file.parent for file in files])), files
 
 
+def remote_files(address: str) -> list[Path]:
+    """The sorted files of an address or a glob of addresses, such as s3://bucket/*.jsonl.gz, as paths."""
+    import fsspec
+    from upath import UPath
+
+    try:
+        store, path = fsspec.core.url_to_fs(address)
+        found = sorted(store.glob(path)) if glob.has_magic(path) else [path]
+        files: list[Any] = [UPath(store.unstrip_protocol(name)) for name in found if store.isfile(name)]
+    except Exception as problem:  # the stores raise what they like; of a missing package fsspec says which
+        raise BadInput(f"data.path={address} cannot be read ({type(problem).__name__}: {problem})") from problem
+    if not files:
+        raise BadInput(f"there is no file {address}; check data.path")
+    return files
+
+
 def files_identity(base: Path, files: list[Path]) -> dict[str, Any]:
-    """Number, size and one hash of names (relative to ``base``), sizes and contents of ``files``."""
+    """Number, size and one hash of names (relative to ``base``), sizes and contents of ``files``.
+
+    A remote file's contents are what its store says of them without sending them: a checksum, a time.
+    """
     total, listing = 0, hashlib.sha256()
     for file in files:
         try:
-            size, digest = file.stat().st_size, sha256(file)
+            if isinstance(file, Path):
+                name, digest = file.relative_to(base).as_posix(), sha256(file)
+            else:
+                name, digest = str(file), file.fs.ukey(file.path)
+            size = file.stat().st_size
         except OSError as problem:
             raise cannot_read(file, problem) from problem
         total += size
-        listing.update(json.dumps([file.relative_to(base).as_posix(), size, digest]).encode())
+        listing.update(json.dumps([name, size, digest]).encode())
     return {"files": len(files), "bytes": total, "sha256": listing.hexdigest()}
+
+
+def opened(file: Path) -> io.BufferedReader:
+    """A file to be read, unpacked on the way if its name ends with .gz, .bz2, .xz or .zst."""
+    packed: Any = file.open("rb")
+    unpack = COMPRESSIONS.get(file.suffix.lower(), io.BufferedReader)
+    return unpack(packed)  # type: ignore[no-any-return]
+
+
+def is_compressed(file: Path) -> bool:
+    """Whether the name of a file says so."""
+    return file.suffix.lower() in COMPRESSIONS
+
+
+def suffix_of(file: Path) -> str:
+    """What the name of a file ends with before the ending of its compression: .jsonl of rows.JSONL.gz."""
+    return Path(file.stem if is_compressed(file) else file.name).suffix.lower()
 
 
 def cannot_read(file: Path, problem: OSError) -> BadInput:
@@ -125,10 +180,10 @@ def cannot_read(file: Path, problem: OSError) -> BadInput:
 
 
 def document_kind(config: Data, file: Path) -> str:
-    """What a document is in ``file``: "file", "line" or "field"."""
-    has_fields = file.suffix.lower() in (*JSON_LINES, ".parquet")
+    """What a document is in ``file``: "file", "line", "field" or "separated"."""
+    has_fields = suffix_of(file) in (*JSON, *TABLES, PARQUET)
     if config.document == "auto":
-        return "field" if has_fields else "file"
+        return "field" if has_fields else "separated" if config.separator else "file"
     if has_fields != (config.document == "field"):
         holds = "one document per row" if has_fields else "plain text, without fields"
         raise BadInput(f"data.document={config.document} does not fit {file}, which holds {holds}; set it to auto")
@@ -141,14 +196,17 @@ def read_files(config: Data, files: list[Path], mended: Mended) -> Iterator[Frag
         try:
             kind = document_kind(config, file)
             if kind == "field":
-                parquet = file.suffix.lower() == ".parquet"
-                for place, row in parquet_rows(file, config.text_field) if parquet else json_rows(file, mended):
+                for place, row in rows_of(file, config.text_field, mended):
                     yield text_of(row, config.text_field, place, mended), True
-            elif kind == "line":
-                yield from split_at("\n", read_text(file, mended))
-            else:
-                yield from ((text, False) for text in read_text(file, mended))
+            elif kind == "file":
+                for text in read_text(file, mended):
+                    mended[SEPARATORS] += text.count(END_OF_TEXT)
+                    yield text, False
                 yield "", True
+            else:
+                yield from split_at(str(config.separator) if kind == "separated" else "\n", read_text(file, mended))
+        except (EOFError, lzma.LZMAError, zlib.error, zstd.ZstdError) as problem:
+            raise BadInput(f"{file} cannot be unpacked ({problem}); is all of it there?") from problem
         except OSError as problem:
             raise cannot_read(file, problem) from problem
 
@@ -158,7 +216,7 @@ def read_text(file: Path, mended: Mended) -> Iterator[str]:
     way_out = "leave it out of data.path, or convert it to UTF-8 text"
     decoder = codecs.getincrementaldecoder("utf-8")("surrogateescape")
     before, size, held = mended[INVALID], 0, ""
-    with open(file, "rb") as handle:
+    with opened(file) as handle:
         for raw in chain(iter(partial(handle.read, CHUNK), b""), [b""]):
             if b"\0" in raw:
                 raise BadInput(f"{file} looks binary (byte {size + raw.index(0):,} is NUL); {way_out}")
@@ -194,9 +252,38 @@ def split_at(separator: str, texts: Iterable[str]) -> Iterator[Fragment]:
         yield rest, True
 
 
+def rows_of(file: Path, field: str, mended: Mended) -> Iterator[tuple[str, Any]]:
+    """Place and contents of the rows of a file of JSON, CSV or Parquet, of which the text is in ``field``."""
+    if suffix_of(file) == PARQUET:
+        yield from parquet_rows(file, field)
+    elif suffix_of(file) in TABLES:
+        yield from table_rows(file)
+    else:
+        yield from json_rows(file, mended)
+
+
+def table_rows(file: Path) -> Iterator[tuple[str, Any]]:
+    """Place and fields of the rows of a .csv or .tsv file, whose first line names them."""
+    csv.field_size_limit(2**31 - 1)  # else 128 kB
+    with io.TextIOWrapper(opened(file), encoding="utf-8-sig", errors="surrogateescape", newline="") as text:
+        rows = csv.DictReader(text, delimiter=TABLES[suffix_of(file)])
+        try:
+            yield from ((f"{file}, line {rows.line_num}", row) for row in rows)
+        except csv.Error as problem:
+            raise BadInput(f"{file}, line {rows.line_num} is no row ({problem}); mend it or remove it") from problem
+
+
 def json_rows(file: Path, mended: Mended) -> Iterator[tuple[str, Any]]:
-    """Place and contents of the lines of a .jsonl file that are not blank."""
-    with open(file, "rb") as handle:
+    """Place and contents of the lines of a file that are not blank; of the items, if it is one JSON array."""
+    with opened(file) as handle:
+        begins = handle.peek(CHUNK).lstrip(b"\xef\xbb\xbf \t\r\n")[:1]
+        if suffix_of(file) == ".json" and begins == b"[":  # read whole: the format has no place to stop at
+            try:
+                items = json.loads(mended.decode(handle.read()))
+            except ValueError as problem:
+                raise BadInput(f"{file} is not JSON ({problem}); mend it or leave it out") from problem
+            yield from ((f"{file}, item {number}", item) for number, item in enumerate(items, 1))
+            return
         for number, raw in enumerate(handle, 1):
             place, line = f"{file}, line {number}", mended.decode(raw)
             if line.strip():
@@ -212,7 +299,7 @@ def parquet_rows(file: Path, field: str) -> Iterator[tuple[str, Any]]:
     import pyarrow.parquet
 
     try:
-        table = pyarrow.parquet.ParquetFile(file, buffer_size=CHUNK)  # read by the buffer, not by the row group
+        table = pyarrow.parquet.ParquetFile(opened(file), buffer_size=CHUNK)  # read by the buffer, not by the row group
         columns = [field] if field in table.schema_arrow.names else None  # all, for the message that it is not there
         number = 0
         for batch in table.iter_batches(ROWS, columns=columns):
@@ -253,14 +340,14 @@ def text_of(row: Any, field: str, place: str, mended: Mended) -> str:
 # ---------------------------------------------------------------------------------------------- datasets
 
 
-def dataset_identity(config: Data) -> dict[str, Any]:
-    """What tells one dataset from another: the knobs, and for a local directory the contents of its files."""
+def dataset_identity(config: Data, identity_of: Callable[[Path, list[Path]], dict[str, Any]]) -> dict[str, Any]:
+    """What tells one dataset from another: the knobs, and for a local directory ``identity_of`` its files."""
     identity = {"subset": config.subset, "source_split": config.source_split, "text_field": config.text_field}
     directory = Path(str(config.path)).expanduser()
     if not directory.is_dir():
         return {"path": config.path, **identity}
     files = sorted(file for file in directory.rglob("*") if file.is_file())
-    return {**identity, **files_identity(directory, files)}
+    return {**identity, **identity_of(directory, files)}
 
 
 def is_saved_dataset(path: str) -> bool:

@@ -18,10 +18,11 @@ import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from config import BadInput, Data
-from data import readers
+from data import known, readers
 from data.pieces import Piece, cut, whole
 from data.readers import Fragment, Mended
 
@@ -88,20 +89,24 @@ class Source:
         return [self.mended.mend(text) for text in texts if text]
 
 
-def open_source(config: Data) -> Source:
+def open_source(config: Data, root: Path | None = None) -> Source:
     """The source that the config describes; local files are hashed, but nothing is decoded yet.
+
+    With a ``root`` of corpora they are not even hashed if it knows them (see ``known.identity_of``).
 
     Raises BadInput for a path that holds nothing readable, or a transform that cannot be imported.
     """
-    corpus = kind_of(config)
+    corpus, identity_of = kind_of(config), partial(known.identity_of, root=root)
     identity: dict[str, Any] = {"corpus": corpus, "max_documents": config.max_documents}
     split, n_bytes, name = "documents", None, str(config.path)
     read: Callable[[Mended], Iterator[Fragment]]
     if corpus == "huggingface":
-        if config.document not in ("auto", "field"):
+        if os.path.isfile(name):
+            raise BadInput(f"data.path={name} is a file and no dataset; leave data.corpus at auto, and it is read")
+        if config.document not in ("auto", "field") or config.separator:
             raise BadInput(f"data.document={config.document} does not fit a dataset, made of rows; use auto")
         describe = f"dataset {name}, {config.subset + ', ' if config.subset else ''}split {config.source_split}"
-        identity |= readers.dataset_identity(config)
+        identity |= readers.dataset_identity(config, identity_of)
         read = partial(readers.read_dataset, config)
     else:
         if corpus == "stdlib":
@@ -111,11 +116,13 @@ def open_source(config: Data) -> Source:
             base, files = readers.text_files(name)
             describe = f"{name} ({len(files)} file{'s' if len(files) > 1 else ''})"
         kinds = {readers.document_kind(config, file) for file in files}
-        identity |= {"document": sorted(kinds), **readers.files_identity(base, files)}
+        identity |= {"document": sorted(kinds), **identity_of(base, files)}
         if "field" in kinds:
             identity["text_field"] = config.text_field
-        else:
+        elif not any(map(readers.is_compressed, files)):
             n_bytes = identity["bytes"]
+        if "separated" in kinds:
+            identity["separator"] = config.separator
         if corpus == "text" and kinds == {"file"} and len(files) < FEW_FILES:
             split = "tail"
         read = partial(readers.read_files, config, files)

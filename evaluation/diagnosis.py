@@ -32,6 +32,7 @@ RISES, FALLS, LEVEL = "rises", "falls", "is level"  # what a loss does at the en
 SMALL, MODERATE, MEMORIZING = "small", "moderate", "memorizing"  # gaps between validation and training loss
 UNKNOWN = "unknown"
 
+LOSSES = ("train/loss", "val/loss", "val_average/loss")
 FEWEST_EVALUATIONS = 5
 NOISES = 3.0  # how many standard deviations of a curve's noise count as a movement of the curve
 SMALLEST_RISE = 0.005  # share of the best validation loss that it must have risen by
@@ -71,7 +72,7 @@ def diagnose(records: list[dict[str, Any]], config: Config | None = None) -> Dia
             Averaged weights are judged where they were evaluated five times or more.
         config: that of the run; the advice then names the next value of each knob instead of a typical one.
 
-    Losses that are not finite are left out, and the evidence says so.
+    Losses that are not finite are left out, and the evidence says so; at the end they are a training that broke.
     """
     raw, average = series(records, "val/loss"), series(records, "val_average/loss")
     averaged = len(average) >= FEWEST_EVALUATIONS or not len(raw)  # an average over the end of a run starts late
@@ -92,7 +93,7 @@ def diagnose(records: list[dict[str, Any]], config: Config | None = None) -> Dia
         size, sentence = about_gap(val, *training)
         train_moves, other = about_train(val, *training[:2], val_moves == RISES)
         sentences += [sentence, other]
-    if train_moves == RISES:
+    if train_moves == RISES or ends_broken(records):
         verdict, advice = UNDERFITTING, calm(config)
     elif val_moves == RISES or size == MEMORIZING:
         verdict, advice = OVERFITTING, regularize_more(val_moves == RISES, epochs, config)
@@ -185,6 +186,12 @@ def training_loss(records: list[dict[str, Any]], val: Series) -> tuple[Series, S
     return Series(val.steps, losses), Series(val.steps, val.values - losses).smooth(), False
 
 
+def ends_broken(records: list[dict[str, Any]]) -> bool:
+    """Whether the last training or validation loss is not finite."""
+    last = {name: record[name] for record in records for name in LOSSES if isinstance(record.get(name), (int, float))}
+    return not all(map(math.isfinite, last.values()))
+
+
 def about_the_run(records: list[dict[str, Any]]) -> tuple[list[str], float | None]:
     """Sentences on what does not decide the verdict, and the epochs seen."""
     epochs = series(records, "epoch")
@@ -193,7 +200,7 @@ def about_the_run(records: list[dict[str, Any]]) -> tuple[list[str], float | Non
     broken = [
         (record["step"], name)
         for record in records
-        for name in ("train/loss", "val/loss", "val_average/loss")
+        for name in LOSSES
         if isinstance(record.get(name), (int, float)) and not math.isfinite(record[name]) and "step" in record
     ]
     if broken:
@@ -251,12 +258,15 @@ def learn_more(val: Series, epochs: float | None, config: Config | None) -> list
         longer = f"train longer: --training.max_epochs={2 * config.training.max_epochs:g}"
     else:
         longer = f"train longer: --training.max_steps={2 * val.steps[-1]:.0f}"
-    less, grow = lower(config, epochs), "grow the model: --model.d_model"
+    longer += ", anew, or on from here with --run.branch_from"
+    less, grow = lower(config, epochs), ["grow the model: --model.d_model"]
     if config:
-        grow += f"={2 * config.model.d_model} --model.n_layers={config.model.n_layers + 2}"
+        grow[0] += f"={2 * config.model.d_model} --model.n_layers={config.model.n_layers + 2}"
+        if config.run.init_from or config.run.branch_from:
+            grow = []  # its weights fit no other model
     # A loss that falls fast needs more time, one that falls slowly more capacity.
     fast = val.late_fall()[0] > FAST_FALL * val.last
-    return [longer, *less, grow] if fast else [*less, grow, longer]
+    return [longer, *less, *grow] if fast else [*less, *grow, longer]
 
 
 def lower(config: Config | None, epochs: float | None) -> list[str]:

@@ -231,7 +231,7 @@ def foreign_split(path: str | Path, corpus: Corpus, max_tokens: int) -> Split:
     n_tokens = starts.pop()
     if n_tokens < 2:
         raise BadInput(f"there is no text in {path}; give a file with text that the model has not seen the like of")
-    shard = Shard(Path(path), 0, n_tokens, np.concatenate(parts).astype(np.int64))
+    shard = Shard(Path(path), 0, n_tokens, 0, len(starts), np.concatenate(parts), np.array(starts))
     n_bytes = sum(len(document.encode()) for document in documents[: len(parts)])
-    split = Split("foreign", (shard,), n_tokens, n_bytes, np.array(starts, dtype=np.int64), corpus.vocab_size)
+    split = Split("foreign", (shard,), n_tokens, n_bytes, corpus.vocab_size)
     return split.head(max_tokens)

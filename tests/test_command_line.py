@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
+import sysconfig
 import time
 from pathlib import Path
 
@@ -183,6 +185,23 @@ def test_every_knob_has_a_doc_and_help_lists_it_within_a_second() -> None:
 def test_help_needs_no_torch() -> None:
     code = "import sys, command_line, train; command_line.help_text(''); print('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True).stdout == "False\n"
+
+
+OF_PYDANTIC = ("pydantic", "pydantic_core", "typing_extensions.py", "annotated_types", "typing_inspection")
+
+
+@pytest.mark.parametrize("words", [["train.py"], ["-m", "scripts.generate", "runs/mine"]])
+@pytest.mark.parametrize("there", [(), ("yaml", *OF_PYDANTIC)], ids=["nothing", "all but torch"])
+def test_another_python_than_the_project_s_is_told(words: list[str], there: tuple[str, ...], tmp_path: Path) -> None:
+    """-S stands for it: a Python without what is installed beside it."""
+    for name in there:
+        (tmp_path / name).symlink_to(Path(sysconfig.get_paths()["purelib"]) / name)
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    asked = subprocess.run([sys.executable, "-S", *words], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert asked.returncode == 2 and "Traceback" not in asked.stderr, asked.stderr
+    assert (
+        asked.stderr.startswith("error: ") and "use .venv/bin/python, which make .venv/train.installed" in asked.stderr
+    )
 
 
 def test_a_mistake_exits_with_2_and_no_traceback() -> None:

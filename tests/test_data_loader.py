@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from config import BadInput, Data
-from data.loader import Batch, Batches, EvaluationBatches, TrainingLoader
+from data.loader import Batch, Batches, EvaluationBatches, Shuffled, TrainingLoader
+from data.permutation import Permutation
 from data.shards import Shard, Split
 
 END = 9_999
@@ -24,7 +25,7 @@ def split_of_documents(directory: Path, lengths: list[int]) -> Split:
     starts = np.cumsum([0, *lengths[:-1]])
     tokens = np.arange(n, dtype=np.uint16)
     tokens[starts] = END
-    return Split("train", (Shard(directory / "x", 0, n, tokens),), n, n, starts, END + 1)
+    return Split("train", (Shard(directory / "x", 0, n, 0, len(starts), tokens, starts),), n, n, END + 1)
 
 
 def stream(directory: Path, n: int) -> Split:
@@ -122,6 +123,17 @@ def test_orders_are_new_in_each_epoch_and_seed(tmp_path: Path) -> None:
     assert abs(correlations).max() < 5 / np.sqrt(498)  # five standard errors
 
 
+def test_orders_of_many_windows(tmp_path: Path) -> None:
+    """Computed in chunks, an order is still that of one permutation."""
+    loader = loader_of(stream(tmp_path, 9000), length=2, batch=9)
+    windows = loader.windows_per_epoch
+    assert windows == 4498
+    ids = [int(sample) for step in range(2 * windows // 9 + 1) for sample in loader.batch(step).sample_ids_B]
+    for epoch in range(2):
+        expected = Permutation.draw(windows, 0, "data order", epoch)(np.arange(windows)) + epoch * windows
+        assert ids[epoch * windows : (epoch + 1) * windows] == expected[: len(ids) - epoch * windows].tolist()
+
+
 def test_a_batch_may_straddle_epochs(tmp_path: Path) -> None:
     loader = loader_of(stream(tmp_path, 21), batch=10)  # 4 windows an epoch
     ids = [int(i) for step in range(2) for i in loader.batch(step).sample_ids_B]
@@ -132,7 +144,7 @@ def test_a_batch_may_straddle_epochs(tmp_path: Path) -> None:
 def test_shuffled_documents_are_whole(tmp_path: Path) -> None:
     lengths = [7, 30, 5, 60, 19, 1, 2]
     split = split_of_documents(tmp_path, lengths)
-    starts = split.document_starts.tolist()
+    starts = split.starts(0, split.n_tokens).tolist()
     documents = [split.read(s, s + n).tolist() for s, n in zip(starts, lengths, strict=True)]
     loader = loader_of(split, batch=1, shuffle="documents")
     firsts = set()
@@ -150,6 +162,43 @@ def test_shuffled_documents_are_whole(tmp_path: Path) -> None:
         assert len(pieces) == len({tuple(piece) for piece in pieces}) >= len(documents) - 5
         firsts.add(tuple(pieces[0]))
     assert len(firsts) > 2
+
+
+def test_documents_change_places_with_those_of_their_stretch(tmp_path: Path) -> None:
+    """Of 3,000 documents each is whole and there once, and stays among 1,024 neighbours, others in each epoch."""
+    lengths = [1 + number * number % 5 for number in range(3000)]
+    split = split_of_documents(tmp_path, lengths)
+    begins = split.starts(0, split.n_tokens).tolist()
+    documents = [split.read(begin, begin + n) for begin, n in zip(begins, lengths, strict=True)]
+    number_of = {document[-1]: number for number, document in enumerate(documents) if len(document) > 1}
+    borders = set()
+    for epoch in range(4):
+        stream = Shuffled(split, 7, epoch)
+        tokens = stream.read(0, split.n_tokens)
+        places = np.flatnonzero(tokens == END)
+        assert stream.starts(0, split.n_tokens).tolist() == places.tolist()
+        pieces = [tuple(piece) for piece in np.split(tokens, places[1:])]
+        assert sorted(pieces) == sorted(map(tuple, documents))
+        came_from = np.array([number_of.get(piece[-1], -1) for piece in pieces])
+        place = np.arange(3000)[came_from >= 0]
+        came_from = came_from[came_from >= 0]
+        moved = came_from - place
+        assert abs(moved).max() < 1024 and (moved == 0).mean() < 0.02
+        # No document crosses the border of a stretch: before it are those that were before it.
+        highest, lowest = np.maximum.accumulate(came_from), np.minimum.accumulate(came_from[::-1])[::-1]
+        inside = [int(place[i + 1]) for i in np.flatnonzero(highest[:-1] < lowest[1:])]
+        borders |= {border // 64 for border in inside if 100 < border < 2900}
+        for begin, end in ((0, 1), (5, 900), (1023, 1025), (2000, split.n_tokens)):
+            assert stream.read(begin, end).tolist() == tokens[begin:end].tolist()
+            assert stream.starts(begin, end).tolist() == places[(begin <= places) & (places < end)].tolist()
+    assert len(borders) >= 6  # two or three in each epoch
+
+
+def test_the_documents_of_a_head_are_cut_with_it(tmp_path: Path) -> None:
+    split = split_of_documents(tmp_path, [3, 4, 5, 6]).head(9)  # E 1 2 | E 4 5 6 | E 8
+    stream = Shuffled(split, 0, 0)
+    pieces = np.split(stream.read(0, 9), stream.starts(1, 9))
+    assert sorted(piece.tolist() for piece in pieces) == [[END, 1, 2], [END, 4, 5, 6], [END, 8]]
 
 
 def test_isolation_worked_by_hand(tmp_path: Path) -> None:

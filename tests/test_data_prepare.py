@@ -12,7 +12,7 @@ import subprocess
 import sys
 import time
 import tracemalloc
-from itertools import chain
+from itertools import chain, pairwise
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +23,7 @@ import files
 from config import BadInput, Data
 from data import sources
 from data.encoding import encode_documents
+from data.known import CACHE
 from data.pieces import cut
 from data.prepare import prepare, progress_bar, split_of
 from data.shards import Corpus
@@ -44,9 +45,9 @@ def many_documents(path: Path, count: int = 300) -> Path:
 
 def documents_of(corpus: Corpus, name: str) -> list[str]:
     split = corpus.split(name)
-    stops = [*split.document_starts[1:], split.n_tokens]
+    starts = split.starts(0, split.n_tokens)
     texts = []
-    for start, stop in zip(split.document_starts, stops, strict=True):
+    for start, stop in pairwise([*starts, split.n_tokens]):
         tokens = split.read(int(start), int(stop))
         assert tokens[0] == corpus.end_of_text and corpus.end_of_text not in tokens[1:]
         texts.append(corpus.tokenizer().decode(tokens[1:].tolist(), skip_special_tokens=False))
@@ -199,7 +200,7 @@ def test_shards_hold_one_stream(tmp_path: Path) -> None:
     corpus = Corpus.open(prepare(config, tmp_path / "a", quiet=True, shard_tokens=37))
     split = corpus.split("train")
     assert len(split.shards) > 100 and all(shard.n_tokens == 37 for shard in split.shards[:-1])
-    assert split.document_starts.tolist() == whole.document_starts.tolist()
+    assert split.starts(0, split.n_tokens).tolist() == whole.starts(0, split.n_tokens).tolist()
     assert split.read(0, split.n_tokens).tolist() == whole.read(0, whole.n_tokens).tolist()
     assert split.read(30, 200).tolist() == whole.read(30, 200).tolist()
 
@@ -263,7 +264,7 @@ def test_texts_too_small_are_refused_and_leave_nothing(tmp_path: Path) -> None:
     def refusal(path: Path, **knobs: object) -> str:
         with pytest.raises(BadInput) as caught:
             prepare(text_config(path, **knobs), tmp_path / "c", quiet=True)
-        assert [name for name in os.listdir(tmp_path / "c") if not name.endswith(".lock")] == []
+        assert [name for name in os.listdir(tmp_path / "c") if not name.endswith(".lock") and name != CACHE] == []
         return str(caught.value)
 
     (tmp_path / "empty.txt").write_text("")
@@ -277,6 +278,8 @@ def test_texts_too_small_are_refused_and_leave_nothing(tmp_path: Path) -> None:
     assert "data.test_fraction=0" in refusal(tmp_path / "short.txt", val_fraction=0.3)
     (tmp_path / "torn.jsonl").write_text('{"text": "x"}\n' * 50 + "{")
     assert "line 51" in refusal(tmp_path / "torn.jsonl")
+    (tmp_path / "binary.txt").write_bytes(b"text \0")
+    assert "looks binary" in refusal(tmp_path / "binary.txt")
 
 
 @pytest.mark.fault(31)
@@ -469,9 +472,9 @@ def test_two_processes_do_the_work_once(tmp_path: Path) -> None:
         fcntl.flock(handle, fcntl.LOCK_EX)
         processes = [start_preparing(source, root) for _ in range(2)]
         time.sleep(1)
-        assert [process.poll() for process in processes] == [None, None] and os.listdir(root) == [lock.name]
+        assert [process.poll() for process in processes] == [None, None] and set(os.listdir(root)) <= {lock.name, CACHE}
     assert [process.wait(30) for process in processes] == [0, 0]
-    assert sorted(os.listdir(root)) == [lock.name, directory.name]
+    assert set(os.listdir(root)) - {CACHE} == {lock.name, directory.name}
     assert Corpus.open(root / directory.name).fingerprint == Corpus.open(directory).fingerprint
 
 
@@ -485,7 +488,7 @@ def test_the_script(tmp_path: Path) -> None:
         )
         assert done.returncode == 0, done.stderr
         assert done.stdout.count("train:") == 1 and "corpora/t-" in done.stdout
-        assert "'<|endoftext|>' 'T' 'h' 'e' ' ' 'q'" in done.stdout
+        assert "'<|endoftext|>' 'T' 'h' 'e' ' ' 'q'" in done.stdout and "every byte" not in done.stdout
     (corpus,) = (tmp_path / "corpora").glob("t-*")
     corpus.rename(tmp_path / corpus.name)
     says = {"--shard=0/2": "job 0 of 2 is done", "--shard 1/2": "job 1 of 2 is done", "--merge": "train:"}
@@ -498,6 +501,14 @@ def test_the_script(tmp_path: Path) -> None:
     for wrong in (["--shard", "2/2"], ["--shard=1"], ["--shard"], ["--shard=0/2", "--merge"]):
         with pytest.raises(BadInput, match="such as 0/3"):
             prepare_data.main(wrong)
+    for edited in (False, True):
+        done = subprocess.run(
+            [*command, "--data.path=t.txt", "--verify"], cwd=tmp_path, env=variables, capture_output=True, text=True
+        )
+        assert (done.returncode, "every byte is as the manifest says" in done.stdout) == (2 * edited, not edited)
+        (test,) = tmp_path.glob("corpora/*/test-00000.safetensors")
+        assert (f"{test.name} is damaged" in done.stderr) == edited
+        test.write_bytes(test.read_bytes()[:-1] + b"x")
     done = subprocess.run([*command, "--data.path=no.txt"], cwd=tmp_path, env=variables, capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr.startswith("error: there is no file 'no.txt'")
     assert len(done.stderr.splitlines()) == 1

@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import bz2
+import csv
+import gzip
+import io
 import json
+import lzma
 import os
+import random
 import sys
 import tracemalloc
 from pathlib import Path
 
 import datasets
+import fsspec
 import pyarrow
 import pyarrow.parquet
 import pytest
+from backports import zstd
 
 from config import BadInput, Data
 from data import readers
@@ -20,7 +28,7 @@ from data.sources import FEW_FILES, Source, kind_of, open_source, short_name
 
 
 def text_source(path: object, **knobs: object) -> Source:
-    return open_source(Data(corpus="text", path=str(path), **knobs))  # type: ignore[arg-type]
+    return open_source(Data(**{"corpus": "text", "path": str(path), **knobs}))  # type: ignore[arg-type]
 
 
 def write_lines(path: Path, *rows: object) -> Path:
@@ -240,6 +248,84 @@ def test_a_local_dataset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stream
         list(open_source(Data(**knobs, source_split="nowhere")).documents())
     write_lines(directory / "a.jsonl", {"text": "three", "n": 1})
     assert open_source(Data(**knobs)).identity != source.identity
+
+
+PACKERS = {".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress, ".zst": zstd.compress, "": bytes}
+
+
+@pytest.mark.parametrize("ending", list(PACKERS))
+def test_files_of_all_kinds_compressed_or_not(ending: str, tmp_path: Path) -> None:
+    """The same three documents, with what a table and an array must quote."""
+    texts = ['one,\t"1"\nmore', "zwei ü", "three"]
+    table = io.StringIO()
+    csv.writer(table).writerows([["id", "text"], *enumerate(texts)])
+    tabbed = io.StringIO()
+    csv.writer(tabbed, delimiter="\t").writerows([["text", "id"], *([text, 1] for text in texts)])
+    rows = [{"text": text, "id": number} for number, text in enumerate(texts)]
+    contents = {
+        "t.csv": table.getvalue(),
+        "t.TSV": "\ufeff" + tabbed.getvalue(),
+        "t.jsonl": "\n".join(map(json.dumps, rows)),
+        "lines.json": "\n".join(map(json.dumps, rows)),
+        "array.json": json.dumps(rows, indent=1),
+    }
+    for name, content in contents.items():
+        (tmp_path / (name + ending)).write_bytes(PACKERS[ending](content.encode()))
+        assert list(text_source(tmp_path / (name + ending)).documents()) == texts, name
+    parts = (texts[0][:4].encode(), texts[0][4:].encode())  # as when one packed file is appended to another
+    (tmp_path / f"t.txt{ending}").write_bytes(b"".join(map(PACKERS[ending], parts)))
+    source = text_source(tmp_path / f"t.txt{ending}")
+    assert list(source.documents()) == texts[:1]
+    assert (source.n_bytes is None) is bool(ending), "what it unpacks to is not known beforehand"
+
+
+@pytest.mark.parametrize("ending", list(PACKERS)[:4])
+def test_a_file_that_is_not_all_there_is_refused(ending: str, tmp_path: Path) -> None:
+    packed = PACKERS[ending](random.Random(0).randbytes(5000).hex().encode())
+    (tmp_path / f"t.txt{ending}").write_bytes(packed[: len(packed) // 2])
+    assert "cannot be unpacked" in refusal(tmp_path / f"t.txt{ending}")
+    (tmp_path / f"t.txt{ending}").write_bytes(b"not packed at all")
+    assert f"t.txt{ending}" in refusal(tmp_path / f"t.txt{ending}")
+
+
+def test_tables_that_hold_no_text_are_refused_with_file_and_line(tmp_path: Path) -> None:
+    (tmp_path / "t.csv").write_text("a,b\n1,2\n")
+    assert "t.csv, line 2 has no field 'text'; its fields are 'a', 'b'" in refusal(tmp_path / "t.csv")
+    (tmp_path / "t.json").write_text('[{"text": "a"}, 3]')
+    assert "t.json, item 2 is not a JSON object" in refusal(tmp_path / "t.json")
+    (tmp_path / "t.json").write_text('[{"text": "a"},')
+    assert "t.json is not JSON" in refusal(tmp_path / "t.json")
+    assert "is a file and no dataset" in refusal(tmp_path / "t.csv", corpus="huggingface")
+
+
+def test_a_separator_makes_documents_of_a_file(tmp_path: Path) -> None:
+    end = "<|endoftext|>"
+    (tmp_path / "t.txt").write_text(f"one\n{end}two{end}{end} three")
+    source = text_source(tmp_path / "t.txt", separator=end)
+    assert list(source.documents()) == ["one\n", "two", " three"] and source.split == "documents"
+    other = text_source(tmp_path / "t.txt", separator="t")
+    assert other.identity != source.identity
+    whole = text_source(tmp_path / "t.txt")
+    assert len(list(whole.documents())) == 1
+    assert f"3 {end} in the text, which separates nothing (--data.separator='{end}' would)" in whole.mended.summary()
+    with pytest.raises(ValueError, match=r"leave data\.document at auto"):
+        Data(path="t.txt", separator=end, document="line")
+
+
+def test_files_of_a_store_are_read_by_address(tmp_path: Path) -> None:
+    """fsspec's own store in memory stands for S3 and the like: known by what the store says of its files."""
+    store = fsspec.filesystem("memory")
+    for name, text in (("b.jsonl.gz", "two"), ("a.jsonl.gz", "one"), ("c.txt", "three")):
+        store.pipe(f"/bucket/{name}", gzip.compress(json.dumps({"text": text}).encode()))
+    source = text_source("memory://bucket/*.jsonl.gz")
+    assert list(source.documents()) == ["one", "two"] and source.describe == "memory://bucket/*.jsonl.gz (2 files)"
+    assert text_source("memory://bucket/*.jsonl.gz").identity == source.identity
+    assert list(text_source("memory://bucket/a.jsonl.gz").documents()) == ["one"]
+    store.pipe("/bucket/a.jsonl.gz", gzip.compress(b'{"text": "new"}'))
+    assert text_source("memory://bucket/*.jsonl.gz").identity != source.identity
+    for address, says in (("memory://bucket/*.csv", "no file"), ("s3://bucket/a", "s3fs"), ("odd://a", "odd")):
+        with pytest.raises(BadInput, match=says):
+            text_source(address)
 
 
 def test_a_dataset_that_was_saved_to_disk(tmp_path: Path) -> None:

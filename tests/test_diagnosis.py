@@ -133,9 +133,18 @@ def test_averaged_weights_are_judged() -> None:
 
 def test_losses_that_are_not_finite_are_told() -> None:
     records = curves(falling(1.6), lambda p: 0.13)
-    records[-1] |= {"val/loss": math.nan, "train/loss": math.inf}
+    records[5] |= {"val/loss": math.nan, "train/loss": math.inf}
     found = diagnose(records)
     assert found.verdict == "well fitted" and "2 losses are not finite" in found.text()
+
+
+@pytest.mark.parametrize("name", ["val/loss", "train/loss"])
+def test_losses_that_are_not_finite_at_the_end_are_a_training_that_broke(name: str) -> None:
+    records = curves(falling(1.6), lambda p: 0.13)
+    records[-1][name] = math.nan
+    found = diagnose(records)
+    assert found.verdict == "underfitting" and "lower the learning rate" in found.advice[0]
+    assert not any("longer:" in line for line in found.advice)
 
 
 def test_a_loss_of_exactly_zero_is_judged() -> None:
@@ -167,10 +176,16 @@ def test_the_advice_goes_on_from_what_is_on() -> None:
     ).advice[0]  # fmt: skip
 
 
+def test_a_model_whose_weights_were_given_is_not_to_grow() -> None:
+    records = curves(falling(4.0), lambda p: 0.01)
+    for start, grows in ((), True), (["--run.init_from=other"], False), (["--run.branch_from=other"], False):
+        assert any("grow" in line for line in diagnose(records, parse(list(start))).advice) is grows
+
+
 def test_advice_against_underfitting_depends_on_what_still_moves() -> None:
     config = parse(["--regularizers.residual_dropout=0.2", "--regularizers.weight_decay=0.9", "--model.d_model=64"])
     moving = diagnose(curves(falling(1.6, 2), lambda p: 0.01), config).advice
-    assert moving[0].endswith("--training.max_steps=2000") and "--model.d_model=128" in moving[-1]
+    assert moving[0].startswith("train longer: --training.max_steps=2000,") and "--model.d_model=128" in moving[-1]
     level = diagnose(curves(falling(2.9), lambda p: 0.02), config).advice
     assert "--regularizers.residual_dropout=0 --regularizers.weight_decay=0.3" in level[0]
     assert "grow the model" in level[1] and "max_steps" in level[-1]

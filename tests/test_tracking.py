@@ -88,6 +88,7 @@ def test_offline_leaves_config_history_and_summary(
     ended = train(tiny(training__max_steps=8, evaluation__every=4), WANDB_MODE="offline", **wandb_home)
     assert ended.returncode == 0, ended.stderr
     files = list((tmp_path / "runs/tiny/wandb").glob("offline-run-*/run-*.wandb"))
+    assert f"to upload: wandb sync {files[0].parent}\n" in ended.stdout
     assert len(files) == 1
     asked = subprocess.run(
         [str(Path(sys.executable).with_name("wandb")), "leet", "inspect", "--json", str(files[0])],

@@ -31,7 +31,7 @@ from training import checkpoint
 from training.learner import Learner
 from training.memory import largest_micro_batch_size
 from training.optimizer import describe_groups
-from training.processes import barrier, on_main
+from training.processes import barrier, check_micro_batches, on_main
 from training.progress import Judgement, Plan, Progress
 from training.schedule import warmup_warning
 from training.step import StepResult
@@ -87,9 +87,10 @@ class Run:
         return self.metrics.records if self.hardware.main else []
 
     def settled(self, corpus: Corpus) -> Config:
-        """The run's config, in which training.micro_batch_size is the number that ``auto`` comes to.
+        """The run's config, in which training.micro_batch_size is the number that ``auto`` comes to, or null.
 
-        Raises BadInput when the run was trained on other text, or other tokens of it.
+        Raises BadInput when the run was trained on other text, or other tokens of it, or when its micro-batches cannot
+        be shared by so many processes.
         """
         before = self.before.get("corpus", corpus.fingerprint)
         if before != corpus.fingerprint:
@@ -97,19 +98,27 @@ class Run:
                 f"{self.path} was trained on the corpus {before}, and the data now give {corpus.fingerprint}; "
                 "restore the data, use another --run.name, or --run.resume=never"
             )
-        if self.config.training.micro_batch_size == "auto":
+        if not isinstance(self.config.training.micro_batch_size, int):
             size = on_main(self.hardware, self._micro_batch_size, corpus.vocab_size)
             training = self.config.training.model_copy(update={"micro_batch_size": size})
             self.config = self.config.model_copy(update={"training": training})
         return self.config
 
     def _micro_batch_size(self, vocab_size: int) -> int:
-        """The one with which the run began, if the processes can share it, else the largest that fits."""
-        fitting = self.config.training.micro_sizes(self.hardware.world)
+        """The one with which the run began, if the processes can share it, else the largest that fits.
+
+        Without auto a run that has begun is not changed: its masks are drawn for each micro-batch.
+        """
+        fitting, auto = self.config.training.micro_sizes(self.hardware.world), self.config.training.micro_batch_size
         if not self.afresh and checkpoint.existing(self.checkpoints):
             stored = run_directory.read_config(self.path).training.micro_size
             if stored in fitting:
                 return stored
+            if auto is None:
+                training = self.config.training.model_copy(update={"micro_batch_size": stored})
+                check_micro_batches(self.config.model_copy(update={"training": training}), self.hardware.world)
+        if auto is None:
+            return max(fitting)
         size = largest_micro_batch_size(self.config, self.hardware, vocab_size)
         print(f"micro-batch {size} sequences at once, for the memory of {self.hardware.device}")
         return size
@@ -138,7 +147,7 @@ class Run:
         progress = Progress()
         if step is not None:
             found = checkpoint.directory_for(self.checkpoints, step)
-            progress = Progress.resumed(checkpoint.read_state(found), self.config)
+            progress = Progress.resumed(checkpoint.read_state(found), self.config, found)
             learner.load(found, step, progress.average_from)
         elif self.config.run.branch_from is not None:
             progress = self._begin_branch(learner, corpus)
@@ -162,7 +171,7 @@ class Run:
         self.branch = open_branch(found, self.config, corpus, learner.total_steps)
         theirs = WeightAverage(self.branch.config.regularizers, self.branch.total_steps)
         goes_on = learner.average.goes_on(theirs)
-        progress = Progress.branched(checkpoint.read_state(found), self.config, goes_on)
+        progress = Progress.branched(checkpoint.read_state(found), self.config, goes_on, found)
         learner.load(found, progress.step, progress.average_from)
         return progress
 

@@ -116,7 +116,8 @@ def check_config(directory: Path, config: Config) -> list[str]:
         raise BadInput(f"{directory} has checkpoints but no config.yaml; restore it or use another --run.name")
     stored, asked = read_config(directory).flat(), config.flat()
     for key in ("training.micro_batch_size", "data.corpus"):
-        if "auto" in (stored[key], asked[key]):  # auto is what it came to, and the corpus itself is compared later
+        # Auto and null are what they came to, and the corpus itself is compared later.
+        if asked[key] in ("auto", None) or stored[key] == "auto":
             asked[key] = stored[key]
     changed = {key: (stored[key], asked[key]) for key in asked if stored[key] != asked[key]}
     serious = {key: pair for key, pair in changed.items() if not is_free(key) and key not in HARDWARE}

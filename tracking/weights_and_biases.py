@@ -40,6 +40,8 @@ class Mirror:
         try:
             self.run.summary.update(_flat(summary))
             self.run.finish(exit_code=exit_code)
+            if self.run.offline:
+                print(f"W&B, offline      to upload: wandb sync {self.run.settings.sync_dir}")
         except Exception as problem:  # as above
             warn(f"W&B did not take the summary ({problem}); metrics.jsonl is whole")
 

@@ -60,7 +60,7 @@ def my_micro_batches(hardware: Hardware, micro_batches: int, rank: int | None = 
 def check_micro_batches(config: Config, world: int) -> None:
     """Raises BadInput when the micro-batches of a step cannot be shared evenly, naming sizes that can."""
     training = config.training
-    count = training.global_batch_size if training.micro_batch_size == "auto" else training.micro_batches
+    count = training.micro_batches if isinstance(training.micro_batch_size, int) else training.global_batch_size
     if count % world == 0:
         return
     fitting = config.training.micro_sizes(world)

@@ -7,10 +7,11 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from fractions import Fraction
+from pathlib import Path
 from typing import Any, Literal
 
-from config import Config, Failure
-from data.loader import TrainingLoader
+from config import BadInput, Config, Failure
+from data.loader import DATA_ORDER, TrainingLoader
 from regularizers.stopping import patience_is_over
 from training.spikes import is_spike
 from training.step import StepResult
@@ -100,6 +101,8 @@ class Progress:
     """Targets trained on, over all processes."""
     samples: int = 0
     """A fingerprint of all samples trained on; between two checkpoints, of this process's share of them."""
+    data_order: int = DATA_ORDER
+    """Which order of the data these were, as versions of the code differ in it."""
     best: dict[str, Any] | None = None
     """``step``, ``val/loss`` and ``val/bits_per_byte`` of the best evaluation."""
     val_losses: list[float] = field(default_factory=list)
@@ -125,22 +128,34 @@ class Progress:
         return {item.name: getattr(self, item.name) for item in fields(self) if item.metadata.get("stored", True)}
 
     @classmethod
-    def resumed(cls, state: dict[str, Any], config: Config) -> Progress:
-        """The progress that ``stored`` wrote; what it does not know, of an older version of the code, is left out."""
+    def resumed(cls, state: dict[str, Any], config: Config, checkpoint: Path | None = None) -> Progress:
+        """The progress that ``stored`` wrote; what it does not know, of an older version of the code, is left out.
+
+        Raises BadInput if that version saw the data in another order: some would be seen twice and some not at all.
+        ``checkpoint`` is where the state was read, for that message.
+        """
+        order = state.get("data_order", 1)
+        if order != DATA_ORDER:
+            raise BadInput(
+                f"{checkpoint} is of another version of wellposed, which sees the data in another order (data_order "
+                f"{order}, here {DATA_ORDER}), so this one cannot go on from it; use that version (versions.commit in "
+                "summary.json), start afresh with --run.resume=never (what is there is moved aside), or begin a run of "
+                "another --run.name with its weights: --run.init_from"
+            )
         names = {item.name for item in fields(cls)}
         progress = cls(**{name: value for name, value in state.items() if name in names})
         progress.stopped_early = patience_is_over(progress.val_losses, config.regularizers)
         return progress
 
     @classmethod
-    def branched(cls, state: dict[str, Any], config: Config, average_goes_on: bool) -> Progress:
+    def branched(cls, state: dict[str, Any], config: Config, average_goes_on: bool, checkpoint: Path) -> Progress:
         """Where a run begins that branches from another one's ``state``: at its step, as if it were one run.
 
         What the other was judged by stays with it: the best evaluation, whose checkpoint is in its directory, and the
         patience of early stopping begin anew. ``average_goes_on``: whether its averaged weights are taken over with
         their count; if not, the average counts the weights after this step alone.
         """
-        progress = cls.resumed(state | {"best": None, "val_losses": []}, config)
+        progress = cls.resumed(state | {"best": None, "val_losses": []}, config, checkpoint)
         if not average_goes_on:
             progress.average_from = progress.step
         return progress

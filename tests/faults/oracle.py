@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 from conftest import ROOT
 
-from files import sha256
+from files import entry_in_blocks, sha256
 from tracking.metrics import read_metrics
 from tracking.run_directory import read_summary
 from training.checkpoint import existing
@@ -132,7 +132,7 @@ def replace_in_corpus(corpus: Path, name: str, content: bytes) -> None:
     manifest = json.loads((corpus / "manifest.json").read_text())
     for shard in (shard for split in manifest["splits"].values() for shard in split["shards"]):
         if shard["file"] == name:
-            shard |= {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+            shard |= entry_in_blocks(corpus / name)
     (corpus / "manifest.json").write_text(json.dumps(manifest))
 
 

@@ -11,13 +11,14 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT
+from launch import end, start
 from oracle import TORCHRUN, Flags, Train, launched, same_as
 
 from command_line import parse
 from config import BadInput
 from hardware import missing_for_compile
 from tracking.metrics import read_metrics
-from tracking.run_directory import read_summary
+from tracking.run_directory import read_config, read_summary, update_summary
 from training.checkpoint import newest
 from training.processes import check_micro_batches
 
@@ -127,6 +128,24 @@ def test_micro_batches_that_cannot_be_shared_are_refused_with_numbers_that_can()
     assert "processes out of [1, 3]" in str(refused.value)
     with pytest.raises(BadInput, match="a global_batch_size divisible by 5"):
         check_micro_batches(config, 5)
+
+
+@pytest.mark.slow
+@pytest.mark.fault(6)
+def test_the_default_micro_batch_is_the_share_of_a_process_and_stays(tiny: Flags, train: Train, tmp_path: Path) -> None:
+    """Of eight sequences on two processes four, and also when one goes on; a run that began with eight is not split."""
+    flags = tiny(training__max_steps=3, checkpoint__every=1)
+    codes, _, errors = end(start(flags, tmp_path, 2, fault="weights:0:3:raise"))
+    assert codes[0] != 0 and read_config(tmp_path / "runs/tiny").training.micro_batch_size == 4, errors
+    ended = train(flags)
+    assert ended.returncode == 0 and "goes on from step 2\n" in ended.stdout, ended.stderr
+    assert train([*flags, "--run.name=four", "--training.micro_batch_size=4"]).returncode == 0
+    same_as(tmp_path / "runs/four", tmp_path / "runs/tiny", rounding=1e-5)
+
+    assert train([*flags, "--run.name=alone", "--training.max_steps=1"]).returncode == 0
+    update_summary(tmp_path / "runs/alone", status="preempted")
+    codes, _, errors = end(start([*flags, "--run.name=alone", "--training.max_steps=1"], tmp_path, 2))
+    assert codes == [2, 2] and "1 micro-batches of 8 sequences cannot be shared by 2 processes" in errors
 
 
 @pytest.mark.slow

@@ -111,6 +111,7 @@ RUNS = {
     },
     "distilled": COMMON
     | {
+        "run__seed": 1,  # with seed 0 a residual stream almost cancels once, and float32 gives that gradient to 2e-5
         "model__family": "gpt2",
         "optimizer__grad_clip": 1.3,
         "optimizer__lr": 1e-2,

@@ -154,6 +154,8 @@ class Data(Section):
     """byte, bpe (trained on the training split), or a tokenizer.json, a directory with one, or a hub name."""
     vocab_size: int = Field(4096, ge=257, le=2**20)
     """Entries of a trained bpe tokenizer, the end-of-text token included."""
+    tokenizer_sample: int = Field(10**9, ge=1)
+    """Characters of the training split, drawn evenly over it, that a bpe tokenizer is trained on."""
     split: Literal["auto", "documents", "tail"] = "auto"
     """documents: each document falls into a split by its hash. tail: the end of the text is held out.
     auto: tail for fewer than 100 files of text, else documents."""

@@ -63,14 +63,15 @@ def write_json(path: Path, content: Any) -> None:
     write_text(path, json.dumps(content, indent=1) + "\n")
 
 
-def lock(path: Path, wait: bool = False) -> TextIO:
+def lock(path: Path, wait: bool = False, shared: bool = False) -> TextIO:
     """Lock the file at ``path`` until what is returned is closed or the process ends, even by kill -9.
 
-    Raises BlockingIOError, with the file's text as its message, when another holds it and we do not ``wait``.
+    Those who ask for a ``shared`` lock hold it together. Raises BlockingIOError, with the file's text as its message,
+    when another holds it and we do not ``wait``.
     """
     file = open(path, "a+")
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB))
     except BlockingIOError:
         file.seek(0)
         text = file.read().strip()

@@ -79,7 +79,11 @@ def prepared(config: Data) -> Path | None:
         return directory if (directory / "manifest.json").is_file() else None  # opening it tells what is wrong
     made = dict(zip(("split", "val_fraction", "test_fraction"), split, strict=True))
     made |= {name: source.get(name) for name in ("max_documents", "text_field", "subset", "source_split")}
-    made |= {"tokenizer": tokenizer.get("name", tokenizer.get("kind")), "vocab_size": tokenizer.get("vocab_size")}
+    made |= {
+        "tokenizer": tokenizer.get("name", tokenizer.get("kind")),
+        "vocab_size": tokenizer.get("vocab_size"),
+        "tokenizer_sample": tokenizer.get("sample"),
+    }
     made |= {"transform": source.get("transform", {}).get("name"), "document": "/".join(source.get("document", []))}
     wrong = [
         f"data.{name} is {value}, and it was made with {made[name]}"

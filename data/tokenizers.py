@@ -1,11 +1,8 @@
-"""Text to token ids and back. Every tokenizer is a ``tokenizers.Tokenizer``, stored as tokenizer.json.
+"""Which tokenizer, made or loaded. Every one is a ``tokenizers.Tokenizer``, stored as tokenizer.json.
 
 byte   a token per UTF-8 byte, id = value of the byte; end-of-text is 256
 bpe    byte-level BPE with GPT-2's pre-tokenizer, trained on the training split; end-of-text is 0
 other  any tokenizer.json, from a file, a directory or the hub; end-of-text is what its files name as eos_token
-
-Long documents are encoded in pieces, so that memory stays bounded (the library needs about 200 bytes for each
-byte of text). Pieces are cut where no token can reach across, so the ids are those of the whole document.
 """
 
 from __future__ import annotations
@@ -14,32 +11,24 @@ import difflib
 import json
 import os
 import sys
-from collections.abc import Iterable, Iterator
-from itertools import chain
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from config import BadInput
-from data.pieces import Piece, cut
 from files import sha256
 
 END_OF_TEXT = "<|endoftext|>"
 KNOWN_ENDS = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>", "<|eos|>", "<|end▁of▁sentence|>", "[EOS]", "<|im_end|>")
 VOCABULARY, MERGES = GPT2_FILES = "vocab.json", "merges.txt"  # what GPT-2's tokenizer was published as
 TOKENIZER, CONFIG = TOKENIZER_FILES = "tokenizer.json", "tokenizer_config.json"  # the second names the end-of-text
-PIECE = 65_536  # characters of a piece at most
-BATCH = 2**20  # characters encoded at once, over all cores
-BPE_CHARACTERS = 10**9  # a BPE's merges are settled long before so much text
 
-# The parts of a tokenizer.json that put a space before a text, and what makes them leave it out.
-NO_PREFIX: dict[str, dict[str, Any]] = {
-    "Prepend": {"prepend": ""},
-    "ByteLevel": {"add_prefix_space": False},
-    "Metaspace": {"prepend_scheme": "never"},
-}
+# The visible stand-ins for the bytes 0 to 255 that GPT-2 introduced and the library's ByteLevel uses.
+_VISIBLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
+_HIDDEN = [byte for byte in range(256) if byte not in _VISIBLE]
+BYTES_AS_CHARACTERS = [chr(256 + _HIDDEN.index(byte)) if byte in _HIDDEN else chr(byte) for byte in range(256)]
 
 # Use all cores, and say so explicitly: when this is unset, the library warns and turns its threads off after a fork.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
@@ -47,10 +36,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
 
 def byte_tokenizer() -> Tokenizer:
     """257 entries: each byte under its own value, and end-of-text."""
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = [byte for byte in range(256) if byte not in printable]
-    # The visible stand-ins for bytes that GPT-2 introduced and the library's ByteLevel uses.
-    vocab = {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
+    vocab = {character: byte for byte, character in enumerate(BYTES_AS_CHARACTERS)}
     tokenizer = Tokenizer(models.BPE(vocab={**vocab, END_OF_TEXT: 256}, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -61,7 +47,7 @@ def byte_tokenizer() -> Tokenizer:
 def train_bpe(documents: Iterable[str], vocab_size: int, quiet: bool = True) -> Tokenizer:
     """A byte-level BPE of ``vocab_size`` entries (fewer if the text is too short for so many), end-of-text included.
 
-    At most the first billion characters are used. The same documents give the same tokenizer.
+    The same documents give the same tokenizer.
     """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -72,16 +58,7 @@ def train_bpe(documents: Iterable[str], vocab_size: int, quiet: bool = True) -> 
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=not quiet and sys.stderr.isatty(),
     )
-
-    def texts() -> Iterator[str]:
-        left = BPE_CHARACTERS
-        for piece in cut(((document, True) for document in documents), PIECE):
-            yield piece.text
-            left -= len(piece.text)
-            if left <= 0:
-                return
-
-    tokenizer.train_from_iterator(texts(), trainer)
+    tokenizer.train_from_iterator(documents, trainer)
     return plain(tokenizer, 0)
 
 
@@ -164,12 +141,12 @@ def hub_file(name: str, file: str) -> str:
     return hf_hub_download(name, file)
 
 
-def tokenizer_identity(knob: str, vocab_size: int) -> dict[str, Any]:
+def tokenizer_identity(knob: str, vocab_size: int, sample: int = 10**9) -> dict[str, Any]:
     """What tells one tokenizer from another before it is made: JSON-able, a part of the corpus's fingerprint."""
     if knob == "byte":
         return {"kind": "byte"}
     if knob == "bpe":
-        return {"kind": "bpe", "vocab_size": vocab_size}
+        return {"kind": "bpe", "vocab_size": vocab_size, "sample": sample}
     file = tokenizer_file(knob)
     if file is None:
         return {"kind": "hub", "name": knob}
@@ -209,53 +186,3 @@ def end_of_text(tokenizer: Tokenizer, named: str | None = None) -> int:
 def vocabulary_size(tokenizer: Tokenizer) -> int:
     """One more than the largest id (ids may have holes)."""
     return max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
-
-
-def encode_documents(tokenizer: Tokenizer, documents: Iterable[str]) -> Iterator[np.ndarray]:
-    """The ids of each document, uint32, in order; no end-of-text is added.
-
-    About a million characters are encoded at once, however long a document is.
-    """
-    rest = without_prefix(tokenizer)
-    limit = PIECE if cuts_cleanly(tokenizer, rest) else sys.maxsize
-    ids: list[np.ndarray] = []  # of the document that the next piece belongs to
-    for batch in batches(documents, limit):
-        firsts = iter(tokenizer.encode_batch_fast([text for text, first, _ in batch if first], False, False))
-        others = iter(rest.encode_batch_fast([text for text, first, _ in batch if not first], False, False))
-        for _, first, last in batch:
-            ids.append(np.array(next(firsts if first else others).ids, dtype=np.uint32))
-            if last:
-                yield np.concatenate(ids)
-                ids = []
-
-
-def batches(documents: Iterable[str], limit: int) -> Iterator[list[Piece]]:
-    """The pieces of all documents in order, a million characters at a time."""
-    batch: list[Piece] = []
-    characters = 0
-    for piece in cut(((document, True) for document in documents), limit):
-        batch.append(piece)
-        characters += len(piece.text)
-        if characters >= BATCH:
-            yield batch
-            batch, characters = [], 0
-    yield batch
-
-
-def without_prefix(tokenizer: Tokenizer) -> Tokenizer:
-    """The tokenizer for all pieces of a document but the first: it puts no space before the text."""
-    state = json.loads(tokenizer.to_str(), object_hook=lambda part: part | NO_PREFIX.get(str(part.get("type")), {}))
-    rest = Tokenizer.from_str(json.dumps(state))
-    rest.encode_special_tokens = True
-    return rest
-
-
-def cuts_cleanly(tokenizer: Tokenizer, rest: Tokenizer) -> bool:
-    """Whether this tokenizer breaks at our cuts by itself, ``rest`` being the one for all pieces but the first.
-
-    If not, documents are encoded whole.
-    """
-    probe = ["One two", " three; it's\n", "four(5)\n", "sechs, sieben", "\n\n acht", "  (neun)\n\n"]
-    whole = tokenizer.encode("".join(probe), add_special_tokens=False).ids
-    ids = [(rest if i else tokenizer).encode(text, add_special_tokens=False).ids for i, text in enumerate(probe)]
-    return bool(whole == list(chain.from_iterable(ids)))

@@ -211,8 +211,8 @@ def foreign_split(path: str | Path, corpus: Corpus, max_tokens: int) -> Split:
 
     ``path`` is what data.path accepts. Raises BadInput when there is no text.
     """
+    from data.encoding import encode_documents
     from data.sources import open_source
-    from data.tokenizers import encode_documents
 
     documents: list[str] = []
     room = 16 * max_tokens  # characters: a token is seldom longer than 16; the last line cuts to tokens

@@ -5,21 +5,30 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-import signal
+import re
+import resource
+import shutil
 import subprocess
 import sys
 import time
+import tracemalloc
 from itertools import chain, pairwise
 from pathlib import Path
 
+import numpy as np
 import pytest
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
+import files
 from config import BadInput, Data
+from data import sources
+from data.encoding import encode_documents
 from data.known import CACHE
-from data.prepare import prepare, split_of
+from data.pieces import cut
+from data.prepare import prepare, progress_bar, split_of
 from data.shards import Corpus
-from data.tokenizers import encode_documents, train_bpe
+from data.tokenizers import train_bpe
+from scripts import prepare_data
 
 PROJECT = Path(__file__).parent.parent
 
@@ -269,6 +278,8 @@ def test_texts_too_small_are_refused_and_leave_nothing(tmp_path: Path) -> None:
     assert "data.test_fraction=0" in refusal(tmp_path / "short.txt", val_fraction=0.3)
     (tmp_path / "torn.jsonl").write_text('{"text": "x"}\n' * 50 + "{")
     assert "line 51" in refusal(tmp_path / "torn.jsonl")
+    (tmp_path / "binary.txt").write_bytes(b"text \0")
+    assert "looks binary" in refusal(tmp_path / "binary.txt")
 
 
 @pytest.mark.fault(31)
@@ -285,38 +296,170 @@ def test_an_unwritable_root_is_named(tmp_path: Path) -> None:
         prepare(text_config(tmp_path / "t.txt"), tmp_path / "c", quiet=True)
 
 
-def start_preparing(source: Path, root: Path, **variables: str) -> subprocess.Popen[bytes]:
+def start_preparing(source: Path, root: Path, **knobs: object) -> subprocess.Popen[str]:
+    """A process of its own that prepares; ``knobs`` are of prepare()."""
     code = (
         "import sys; from config import Data; from data.prepare import prepare\n"
-        f"prepare(Data(corpus='text', path={str(source)!r}, tokenizer='byte'), {str(root)!r}, quiet=True)"
+        f"prepare(Data(corpus='text', path={str(source)!r}, tokenizer='byte'), {str(root)!r}, quiet=True, **{knobs!r})"
     )
-    return subprocess.Popen([sys.executable, "-c", code], cwd=PROJECT, env={**os.environ, **variables})
+    return subprocess.Popen([sys.executable, "-c", code], cwd=PROJECT, stderr=subprocess.PIPE, text=True)
+
+
+def killed_at_work(source: Path, root: Path, **knobs: object) -> Path:
+    """The directory of a preparation that was killed -9 when it had made three blocks."""
+    process = start_preparing(source, root, **knobs)
+    deadline = time.time() + 30
+    while len(list(root.glob(".*.partial/block-*"))) < 3 and time.time() < deadline:
+        time.sleep(0.002)
+    process.kill()
+    process.wait()
+    assert not [path for path in root.iterdir() if path.suffix != ".partial" and not path.name.startswith(".")]
+    (partial,) = root.glob(".*.partial")
+    return partial
+
+
+def same_files(one: Path, other: Path) -> bool:
+    names = sorted(file.name for file in one.iterdir())
+    assert names == sorted(file.name for file in other.iterdir()) and one.name == other.name
+    return all((one / name).read_bytes() == (other / name).read_bytes() for name in names)
 
 
 @pytest.mark.fault(2)
-def test_kill_9_leaves_debris_that_the_next_one_sweeps(tmp_path: Path) -> None:
-    big, small, root = tmp_path / "big.txt", tmp_path / "small.txt", tmp_path / "c"
-    big.write_text("some words of text\n" * 2_000_000)
-    small.write_text("some words of text\n" * 20)
-    process = start_preparing(big, root)
-    deadline = time.time() + 30
-    while not list(root.glob(".big-*.partial/tokenizer.json")) and time.time() < deadline:
-        time.sleep(0.005)
-    os.kill(process.pid, signal.SIGSTOP)  # alive: nobody may sweep it
-    (partial,) = root.glob(".big-*.partial")
-    prepare(text_config(small), root, quiet=True)
-    assert partial.is_dir() and not list(root.glob("big-*"))
-    process.kill()
-    process.wait()
+def test_kill_9_loses_the_block_at_work(tmp_path: Path) -> None:
+    """The next one goes on, does no block again that was there, and ends with the same bytes."""
+    source, root, knobs = tmp_path / "rows.jsonl", tmp_path / "c", {"shard_tokens": 100_000, "block_bytes": 5_000}
+    many_documents(source, 30_000)  # of about 50 bytes: 300 blocks
+    alone = prepare(text_config(source), tmp_path / "alone", quiet=True, **knobs)
+    partial = killed_at_work(source, root, **knobs)
+    first = partial / "block-000000.safetensors"
+    assert json.loads((partial / "state.json").read_text()).get("blocks") is None
+    shutil.copytree(root, tmp_path / "marked")
+    assert same_files(prepare(text_config(source), root, quiet=True, **knobs), alone)
+    assert not partial.exists()
+    # A mark in a block that was there is there in the end.
+    mark = tmp_path / "marked" / partial.name / first.name
+    tensors = load_file(mark)
+    tensors["train.tokens"] = np.array([256, 77, *tensors["train.tokens"][2:]], np.uint16)
+    save_file(tensors, mark)
+    marked = Corpus.open(prepare(text_config(source), tmp_path / "marked", quiet=True, **knobs)).split("train")
+    assert marked.read(0, 2).tolist() == [256, 77] != Corpus.open(alone).split("train").read(0, 2).tolist()
+
+
+@pytest.mark.fault(2)
+def test_what_a_kill_left_is_kept_for_a_week(tmp_path: Path) -> None:
+    small, root = tmp_path / "small.txt", tmp_path / "c"
+    partial = killed_at_work(many_documents(tmp_path / "rows.jsonl", 30_000), root, block_bytes=5_000)
     (root / "small-dead").mkdir()  # a stranger's directory is not debris
-    small.write_text("some other words of text\n" * 20)
-    prepare(text_config(small), root, quiet=True)
-    assert not partial.exists() and not list(root.glob("big-*")) and (root / "small-dead").is_dir()
-    directory = prepare(text_config(small), root, quiet=True)
-    directory.rename(root / f".{directory.name}.partial")  # as if killed before the rename
-    (root / f".{directory.name}.partial" / "train-00000.safetensors").write_text("torn")
-    assert Corpus.open(prepare(text_config(small), root, quiet=True)).split("train").n_documents == 1
+    for days, kept in ((6, True), (8, False)):
+        small.write_text(f"some words of text {days}\n" * 20)
+        os.utime(partial, (time.time() - days * 86_400,) * 2)
+        with files.lock(partial.with_suffix(".lock")):
+            prepare(text_config(small, val_fraction=0.1), root, quiet=True)
+        assert partial.is_dir()  # somebody is at work on it
+        prepare(text_config(small), root, quiet=True)
+        assert partial.is_dir() == kept and (root / "small-dead").is_dir()
+
+
+def test_blocks_of_another_size_are_made_again(tmp_path: Path) -> None:
+    source, root = many_documents(tmp_path / "rows.jsonl", 30_000), tmp_path / "c"
+    killed_at_work(source, root, block_bytes=5_000)
+    found = prepare(text_config(source), root, quiet=True, block_bytes=7_000)
+    assert same_files(found, prepare(text_config(source), tmp_path / "alone", quiet=True))
+
+
+def test_the_jobs_of_an_array_make_the_same_corpus(tmp_path: Path) -> None:
+    """Three at once, in processes of their own, one of which is killed and started again."""
+    source, root, knobs = many_documents(tmp_path / "rows.jsonl", 9_000), tmp_path / "c", {"block_bytes": 5_000}
+    alone = prepare(text_config(source), tmp_path / "alone", quiet=True)
+    with pytest.raises(BadInput, match="no job has come to the end of the text"):
+        prepare(text_config(source), root, quiet=True, merge=True, **knobs)
+    processes = [start_preparing(source, root, job=(index, 3), **knobs) for index in range(3)]
+    while not list(root.glob(".*.partial/block-*")):
+        time.sleep(0.002)
+    processes[1].kill()
+    assert [process.wait(60) for process in processes] == [0, -9, 0] and not list(root.glob("rows-*"))
+    with pytest.raises(BadInput, match=r"blocks are missing in .*leave out --merge"):
+        prepare(text_config(source), root, quiet=True, merge=True, **knobs)
+    assert start_preparing(source, root, job=(1, 3), **knobs).wait(60) == 0
+    (partial,) = root.glob(".*.partial")
+    made = {int(file.stem[-6:]) for file in partial.glob("block-*")}
+    assert made == set(range(len(made))) and len(made) > 50
+    assert same_files(prepare(text_config(source), root, quiet=True, merge=True, **knobs), alone)
     assert not list(root.glob(".*.partial"))
+
+
+@pytest.mark.fault(20)
+@pytest.mark.parametrize("limit", [8_000, 100_000])
+def test_a_full_disk_is_told_and_what_is_there_is_gone_on_with(tmp_path: Path, limit: int) -> None:
+    """A disk that takes no file of a block's size, and one that takes no shard."""
+    source, root, knobs = many_documents(tmp_path / "rows.jsonl", 9_000), tmp_path / "c", {"block_bytes": 5_000}
+    process = start_preparing(source, root, **knobs)
+    resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (limit, limit))
+    errors = process.communicate(timeout=60)[1]
+    assert "config.BadInput: cannot write the corpus" in errors and "start again: it will go on" in errors
+    assert "File too large" in errors
+    (partial,) = root.glob(".*.partial")
+    assert (len(list(partial.glob("block-*"))) > 50) == (limit == 100_000)
+    assert same_files(
+        prepare(text_config(source), root, quiet=True, **knobs), prepare(text_config(source), tmp_path / "alone")
+    )
+
+
+def test_memory_does_not_grow_with_the_text(tmp_path: Path) -> None:
+    peaks = []
+    for size in (20_000_000, 40_000_000):
+        (tmp_path / "t.txt").write_text("some words " * (size // 11))
+        tracemalloc.start()
+        prepare(text_config(tmp_path / "t.txt"), tmp_path / "c", quiet=True, shard_tokens=10**6, block_bytes=10**6)
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert peaks[1] < 1.1 * peaks[0] < 60e6
+
+
+@pytest.mark.parametrize("limit", [20, 50])
+def test_a_document_in_pieces_gives_the_tokens_of_the_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: int
+) -> None:
+    """Across splits too, whose ends lie within pieces, between them, and at the ends of documents."""
+    for name in "abcdef":
+        (tmp_path / f"{name}.txt").write_text(f"The {name} text of words,\nit's short. " * 5)
+    config = text_config(tmp_path / "*.txt", tokenizer="bpe", vocab_size=280, val_fraction=1 / 3, test_fraction=1 / 3)
+    whole = prepare(config, tmp_path / "whole", quiet=True)
+    assert Corpus.open(whole).split("val").n_documents == 2
+    monkeypatch.setattr(sources, "cut", lambda fragments: cut(fragments, limit))
+    assert same_files(prepare(config, tmp_path / "pieces", quiet=True), whole)
+    uneven = config.model_copy(update={"val_fraction": 0.21, "test_fraction": 0.33})
+    pieces = prepare(uneven, tmp_path / "pieces", quiet=True)
+    monkeypatch.undo()
+    assert same_files(prepare(uneven, tmp_path / "whole", quiet=True), pieces)
+
+
+def test_a_sample_for_the_tokenizer_is_drawn_evenly(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of ten stretches of text, each with a word of its own, a tenth has all ten words."""
+    words = ["zebra", "quick", "jolly", "vexed", "fudge", "money", "hotel", "brisk", "wispy", "graph"]
+    source = tmp_path / "t.txt"
+    source.write_text("".join(f"{word} {word} {word}\n" * 300 for word in words))
+    config = text_config(source, document="line", split="tail", val_fraction=0.001, test_fraction=0, tokenizer="bpe")
+    config = config.model_copy(update={"vocab_size": 400, "tokenizer_sample": 6000})
+    corpus = Corpus.open(prepare(config, tmp_path / "c"))
+    assert all(f"Ġ{word}" in corpus.tokenizer().get_vocab() for word in words)
+    trained_on = json.loads((corpus.directory / "manifest.json").read_text())["tokenizer"]["trained_on"]
+    assert 6000 <= trained_on < 6018
+    assert f"trained on {trained_on:,} of 50,949 characters, drawn evenly" in capsys.readouterr().out
+    everything = prepare(config.model_copy(update={"tokenizer_sample": 60_000}), tmp_path / "c")
+    assert json.loads((everything / "manifest.json").read_text())["tokenizer"]["trained_on"] > 50_000
+    assert "drawn evenly" not in capsys.readouterr().out
+
+
+def test_progress_without_a_terminal_is_told_in_lines(capsys: pytest.CaptureFixture[str]) -> None:
+    with progress_bar("tokenizing", 3_000_000, quiet=False) as bar:
+        bar.update(1)
+        assert bar.mininterval <= 60  # so long it may be silent
+        bar.delay = bar.mininterval = 0
+        bar.set_postfix_str("0.3M tokens", refresh=False)
+        bar.update(1_000_000)
+    line = capsys.readouterr().err
+    assert re.fullmatch(r"tokenizing: 1.00MB of 3.00MB, \S+B/s, \d\d:\d\d left, 0.3M tokens\n", line), line
 
 
 def test_two_processes_do_the_work_once(tmp_path: Path) -> None:
@@ -346,6 +489,18 @@ def test_the_script(tmp_path: Path) -> None:
         assert done.returncode == 0, done.stderr
         assert done.stdout.count("train:") == 1 and "corpora/t-" in done.stdout
         assert "'<|endoftext|>' 'T' 'h' 'e' ' ' 'q'" in done.stdout and "every byte" not in done.stdout
+    (corpus,) = (tmp_path / "corpora").glob("t-*")
+    corpus.rename(tmp_path / corpus.name)
+    says = {"--shard=0/2": "job 0 of 2 is done", "--shard 1/2": "job 1 of 2 is done", "--merge": "train:"}
+    for flags, expected in says.items():
+        words = [*command, "--data.path=t.txt", *flags.split()]
+        done = subprocess.run(words, cwd=tmp_path, env=variables, capture_output=True, text=True)
+        assert done.returncode == 0 and expected in done.stdout, done.stderr
+        assert corpus.exists() == (flags == "--merge")
+    assert same_files(corpus, tmp_path / corpus.name)
+    for wrong in (["--shard", "2/2"], ["--shard=1"], ["--shard"], ["--shard=0/2", "--merge"]):
+        with pytest.raises(BadInput, match="such as 0/3"):
+            prepare_data.main(wrong)
     for edited in (False, True):
         done = subprocess.run(
             [*command, "--data.path=t.txt", "--verify"], cwd=tmp_path, env=variables, capture_output=True, text=True

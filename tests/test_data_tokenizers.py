@@ -4,25 +4,25 @@ from __future__ import annotations
 
 import json
 import random
+from itertools import chain
 from pathlib import Path
 
 import pytest
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from config import BadInput, Data
+from data import encoding
+from data.encoding import Encoder, cuts_cleanly, encode_documents, fast_way, without_prefix
+from data.pieces import Piece, cut
 from data.sources import open_source
 from data.tokenizers import (
-    PIECE,
     byte_tokenizer,
-    cuts_cleanly,
-    encode_documents,
     end_of_text,
     load_tokenizer,
     plain,
     tokenizer_identity,
     train_bpe,
     vocabulary_size,
-    without_prefix,
 )
 
 STRANGE = [
@@ -96,12 +96,16 @@ def prose(words: int, separators: list[str]) -> str:
 @pytest.mark.parametrize(
     "separators", [[" ", "\n"], [" ", "\n\n", "  "], ["\n    ", "\n\n", "\n\t"], [" "], [" ", " \n", "\n \n", "\n\n\n"]]
 )
-def test_tokens_in_pieces_equal_tokens_in_one_piece(library: list[str], bpe: Tokenizer, separators: list[str]) -> None:
-    text = prose(60_000, separators)
-    assert len(text) > 3 * PIECE
+def test_tokens_in_pieces_equal_tokens_in_one_piece(
+    library: list[str], bpe: Tokenizer, separators: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(encoding, "LIBRARY_PIECE", 3000)
+    text = prose(30_000, separators)
     for tokenizer in (bpe, plain(sentencepiece_like(library[:5]), 1)):
-        whole = tokenizer.encode(text, add_special_tokens=False).ids
-        assert next(encode_documents(tokenizer, [text])).tolist() == whole
+        pieces = list(cut([(text, True)], 10_000))
+        assert len(pieces) > 5
+        ids = [ids.tolist() for _, ids in Encoder(tokenizer).stream((piece, None) for piece in pieces)]
+        assert list(chain(*ids)) == tokenizer.encode(text, add_special_tokens=False).ids
 
 
 def test_code_in_pieces_equals_code_in_one_piece(library: list[str], bpe: Tokenizer) -> None:
@@ -110,8 +114,117 @@ def test_code_in_pieces_equals_code_in_one_piece(library: list[str], bpe: Tokeni
     assert ids.tolist() == bpe.encode(text, add_special_tokens=False).ids
 
 
+def hard_text() -> list[str]:
+    """Documents on which two tokenizers might differ."""
+    chance = random.Random(0)
+
+    def mixed(words: list[str], count: int) -> list[str]:
+        return ["".join(chance.choices(words, k=1000)) for _ in range(count)]
+
+    scripts = [(0x20, 0x7F), (0xA0, 0x250), (0x300, 0x370), (0x370, 0x530), (0x590, 0x700), (0x900, 0xE00)]
+    scripts += [(0x1100, 0x1200), (0x1F00, 0x2070), (0x3040, 0x3100), (0x4E00, 0x9FFF), (0xAC00, 0xD7A4)]
+    scripts += [(0xFE00, 0xFFFE), (0x1D400, 0x1D800), (0x1F300, 0x1FA00), (0x20000, 0x20100), (0xE0000, 0xE0080)]
+    alphabets = [[chr(code) for code in range(*script)] for script in scripts]
+    blanks = [*" \t\n\r\x0b\x0c\x85\xa0\u2028\u3000\u200b\0x!", "\r\n", "  "]
+    words = ["it's", "IT'S", "'re", "'", "''", "don't", "1234", "½", "x_y", "__", "...", "<|endoftext|>", "́", "🙂🏽"]
+    long = ["x" * 9000, "ab" * 9000, *mixed(list("abcd"), 3), " " * 9000, "^" * 9000, "\n" * 9000, "a\n" * 900]
+    long += [" \n" * 900, "<|endoftext|>" * 900, "\u0301" * 900, "日" * 900, "\0" * 900]
+    texts = [*STRANGE, *mixed([*chain(*alphabets)], 20), *chain(*(mixed(alphabet, 1) for alphabet in alphabets))]
+    return [
+        *texts,
+        *mixed(blanks, 20),
+        *mixed([*words, *blanks], 20),
+        *(text + end for text in long for end in ("", " ", "a")),
+    ]
+
+
+def by_the_library(tokenizer: Tokenizer, texts: list[str]) -> list[list[int]]:
+    return [encoding.ids for encoding in tokenizer.encode_batch(texts, add_special_tokens=False)]
+
+
+def test_the_fast_way_gives_the_ids_of_the_library(library: list[str], bpe: Tokenizer) -> None:
+    """On text of many scripts, blanks of all kinds, words without end, and the end-of-text token spelled out."""
+    texts = [*hard_text(), *library[:20]]
+    trained = train_bpe(texts, 2000)  # has merges across all kinds of characters
+    for tokenizer in (bpe, trained, byte_tokenizer()):
+        fast = fast_way(tokenizer)
+        assert fast is not None
+        for text, ids in zip(texts, by_the_library(tokenizer, texts), strict=True):
+            assert fast(text).tolist() == ids
+
+
+def test_the_fast_way_takes_every_character_for_the_same_kind() -> None:
+    """For each character of Unicode: whether it goes on with a letter, a number, a mark, and with white space.
+
+    Merges of "a", "1", "!" or " " with the first byte of any character show where the text was broken.
+    """
+    byte = [token for token, _ in sorted(byte_tokenizer().get_vocab().items(), key=lambda item: item[1])]
+    merges = [(byte[before], byte[first]) for before in b"a1! " for first in range(0x80, 0xF5)]
+    vocab = {token: number for number, token in enumerate([*byte, *("".join(pair) for pair in merges)])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    fast = fast_way(plain(tokenizer, 256))
+    assert fast is not None
+    codes = [*range(0xD800), *range(0xE000, 0x20000), *range(0x20000, 0x40000, 7), *range(0xE0000, 0xE0200)]
+    runs = [[chr(code) for code in codes[start : start + 1000]] for start in range(0, len(codes), 1000)]
+    texts = ["".join(f"a{one}1{one}!{one} {one}" for one in run) for run in runs]
+    for run, text, ids in zip(runs, texts, by_the_library(tokenizer, texts), strict=True):
+        assert fast(text).tolist() == ids, f"among {run[0]!r} to {run[-1]!r} one is of another kind"
+
+
+def test_whatever_is_not_certain_is_left_to_the_library(library: list[str], bpe: Tokenizer) -> None:
+    """Each of these would make a difference; the ids are the library's own all the same."""
+
+    def changed(**parts: object) -> Tokenizer:
+        state = json.loads(bpe.to_str()) | parts
+        return plain(Tokenizer.from_str(json.dumps(state)), state["added_tokens"][0]["id"])
+
+    state = json.loads(bpe.to_str())
+    space = {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True}
+    digits = {"type": "Digits", "individual_digits": True}
+    word = {**state["added_tokens"][0], "id": 1000, "content": "import", "special": False}
+    backwards = {**state["model"], "merges": state["model"]["merges"][::-1]}  # then most tokens are never made
+    merges = [("q", "j"), ("z", "q"), ("zq", "j")]  # z|qj, so zqj is never made of its own text
+    characters = [*byte_tokenizer().get_vocab(), *("".join(pair) for pair in merges)]
+    unmade = {**state["model"], "merges": merges, "vocab": {one: number for number, one in enumerate(characters)}}
+    end = {**state["added_tokens"][0], "id": unmade["vocab"]["<|endoftext|>"]}
+    others = [
+        changed(normalizer={"type": "Lowercase"}),
+        changed(pre_tokenizer=space),
+        changed(pre_tokenizer={"type": "Sequence", "pretokenizers": [digits, state["pre_tokenizer"]]}),
+        changed(pre_tokenizer={**state["pre_tokenizer"], "use_regex": False}),
+        changed(added_tokens=[*state["added_tokens"], word]),
+        changed(model=backwards),
+        changed(model=unmade, added_tokens=[end]),
+        changed(model={**state["model"], "ignore_merges": True}),
+        plain(sentencepiece_like(library[:5]), 1),
+    ]
+    text = "Import os\n    import sys 42 zqj"
+    for tokenizer in others:
+        assert fast_way(tokenizer) is None
+        assert [ids.tolist() for ids in encode_documents(tokenizer, [text])] == by_the_library(tokenizer, [text])
+    permuted = dict(zip(state["model"]["vocab"], reversed(state["model"]["vocab"].values()), strict=True))
+    renamed = [{**state["added_tokens"][0], "id": permuted["<|endoftext|>"]}]
+    tokenizer = changed(model={**state["model"], "vocab": permuted}, added_tokens=renamed)  # ids in any order will do
+    fast = fast_way(tokenizer)
+    assert fast is not None and fast(text).tolist() == tokenizer.encode(text, add_special_tokens=False).ids
+
+
+def test_a_stream_keeps_order_and_labels_on_any_number_of_threads(
+    bpe: Tokenizer, library: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(encoding, "BATCH", 9000)
+    pieces = [(Piece(text[:3000]), number) for number, text in enumerate(library)]
+    encoder = Encoder(bpe)
+    expected = list(enumerate(by_the_library(bpe, [piece.text for piece, _ in pieces])))
+    for threads in (1, 2, 5):
+        encoder.threads = threads
+        assert [(number, ids.tolist()) for number, ids in encoder.stream(iter(pieces))] == expected
+    assert list(encoder.stream([])) == []
+
+
 def test_documents_keep_their_order_and_borders(bpe: Tokenizer) -> None:
-    documents = [prose(n, [" ", "\n"]) for n in (0, 1, 50_000, 3, 0, 200_000, 2)]
+    documents = [prose(n, [" ", "\n"]) for n in (0, 1, 50_000, 3, 0, 300_000, 2)]
     arrays = list(encode_documents(bpe, iter(documents)))
     assert [bpe.decode(ids.tolist(), skip_special_tokens=False) for ids in arrays] == documents
     assert list(encode_documents(bpe, [])) == []

@@ -148,6 +148,11 @@ class Data(Section):
     """huggingface: read without downloading the whole dataset first."""
     max_documents: int | None = Field(None, ge=1)
     """Read at most this many documents."""
+    min_characters: int = Field(0, ge=0)
+    """Leave out documents that have fewer, outer white space not counted."""
+    copies: Literal["keep", "drop", "drop_near"] = "keep"
+    """drop: documents of train leave it that are in val or test, too, but for outer white space. drop_near: also those
+    of which nearly all five-word sequences are (MinHash, Jaccard 0.8; needs datasketch). keep: they are counted."""
     transform: str | None = Field(None, pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")
     """module:function applied to the text of each document at preparation; it returns a text or a list of texts."""
     tokenizer: str = Field("bpe", min_length=1)
@@ -160,7 +165,11 @@ class Data(Section):
     """documents: each document falls into a split by its hash. tail: the end of the text is held out.
     auto: tail for fewer than 100 files of text, else documents."""
     val_fraction: float = Field(0.05, gt=0, lt=1)
-    """Share held out for validation."""
+    """Share held out for validation, unless val_path or val_split gives its text."""
+    val_path: str | None = None
+    """What to validate on, given as data.path gives the rest; null: a share of that."""
+    val_split: str | None = None
+    """A dataset's own split to validate on, such as validation; null: a share of source_split."""
     test_fraction: float = Field(0.05, ge=0, lt=1)
     """Share held out for the test, looked at once, at the end."""
     train_tokens: int | None = Field(None, ge=2)

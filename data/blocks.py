@@ -16,18 +16,21 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 import files
-from data.pieces import Piece
+from data.pieces import Piece, hash_of
 
 BLOCK = 2**24  # bytes of text; a piece more at most
 
 
 class Place(NamedTuple):
-    """Where a piece belongs: to which block and split, how many bytes it has, and whether a document begins with it."""
+    """Where a piece belongs: to which block and split, and how many bytes it has.
+
+    ``key`` is the hash of a document that begins with it, by which copies are found; None if none does.
+    """
 
     block: int
     split: str
     n_bytes: int
-    first: bool
+    key: int | None
 
 
 def placed(texts: Iterable[tuple[str, Piece]], size: int) -> Iterator[tuple[Piece, Place]]:
@@ -38,7 +41,7 @@ def placed(texts: Iterable[tuple[str, Piece]], size: int) -> Iterator[tuple[Piec
             block, filled = block + 1, 0
         n_bytes = len(piece.text.encode())
         filled += n_bytes
-        yield piece, Place(block, split, n_bytes, piece.first)
+        yield piece, Place(block, split, n_bytes, hash_of(piece.text.strip()) if piece.first else None)
 
 
 class Block:
@@ -48,6 +51,7 @@ class Block:
         self.number, self.dtype, self.end = number, dtype, np.array([end_of_text], dtype)
         self.tokens: dict[str, list[np.ndarray]] = {}
         self.starts: dict[str, list[int]] = {}
+        self.keys: dict[str, list[int]] = {}
         self.filled: dict[str, int] = {}
         self.bytes: dict[str, int] = {}
 
@@ -55,12 +59,15 @@ class Block:
         """Append the ids of a piece, before them an end-of-text token if a document begins with it."""
         split = place.split
         if split not in self.tokens:
-            self.tokens[split], self.starts[split], self.filled[split], self.bytes[split] = [], [], 0, 0
-        if place.first:
+            self.tokens[split], self.starts[split], self.keys[split] = [], [], []
+            self.filled[split] = self.bytes[split] = 0
+        if place.key is not None:
             self.starts[split].append(self.filled[split])
+            self.keys[split].append(place.key)
             self.tokens[split].append(self.end)
+            self.filled[split] += 1
         self.tokens[split].append(ids.astype(self.dtype))
-        self.filled[split] += place.first + len(ids)
+        self.filled[split] += len(ids)
         self.bytes[split] += place.n_bytes
 
     def write(self, directory: Path) -> None:
@@ -69,6 +76,7 @@ class Block:
         for split, tokens in self.tokens.items():
             tensors[f"{split}.tokens"] = np.concatenate(tokens)
             tensors[f"{split}.starts"] = np.array(self.starts[split], np.int64)
+            tensors[f"{split}.keys"] = np.array(self.keys[split], np.uint64)
             tensors[f"{split}.bytes"] = np.array(self.bytes[split], np.int64)
         with files.replacing(file_of(directory, self.number)) as temporary:
             save(tensors, temporary)
@@ -81,6 +89,13 @@ def read(directory: Path, number: int, split: str) -> tuple[np.ndarray, np.ndarr
         return None
     tokens, starts, n_bytes = (handle.get_tensor(f"{split}.{part}") for part in ("tokens", "starts", "bytes"))
     return tokens, starts, int(n_bytes)
+
+
+def keys(directory: Path, number: int, split: str) -> np.ndarray:
+    """The hashes [n] of the documents of a split that begin in a block, uint64."""
+    handle: Any = safe_open(file_of(directory, number), framework="np")
+    name = f"{split}.keys"
+    return handle.get_tensor(name) if name in handle.offset_keys() else np.zeros(0, np.uint64)
 
 
 def file_of(directory: Path, number: int) -> Path:

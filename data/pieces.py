@@ -5,6 +5,7 @@ Pieces are cut where no token can reach across, so the tokens of the pieces are 
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
@@ -44,6 +45,11 @@ def cut(fragments: Iterable[tuple[str, bool]], limit: int = PIECE) -> Iterator[P
         if ends:
             yield Piece(text, first, True)
             text, first = "", True
+
+
+def hash_of(text: str) -> int:
+    """64 bits of BLAKE2b of a text."""
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")
 
 
 def whole(pieces: Iterable[Piece]) -> Iterator[str]:

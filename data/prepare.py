@@ -17,7 +17,6 @@ corpora/.<name>-<fingerprint>.partial/   while it is made; what goes on from it 
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 import sys
@@ -36,10 +35,11 @@ import files
 from config import BadInput, Data
 from data import blocks
 from data.blocks import BLOCK, Block, Place
+from data.copies import Copies, copies_in_train
 from data.encoding import Encoder
 from data.known import prepared
-from data.pieces import Piece, cut
-from data.readers import HELD_OUT
+from data.pieces import Piece, cut, hash_of
+from data.readers import COPIES, HELD_OUT, Mended
 from data.sources import Source, open_source
 from data.tokenizers import (
     CONFIG,
@@ -88,6 +88,7 @@ def prepare(
         "source": source.identity,
         "tokenizer": tokenizer_identity(config.tokenizer, config.vocab_size, config.tokenizer_sample),
         "split": [source.split, config.val_fraction, config.test_fraction],
+        "copies": config.copies,
         "shard_tokens": shard_tokens,
     }
     fingerprint = files.hash_of(identity)[:12]
@@ -179,7 +180,7 @@ class Work:
                 bar.update(place.n_bytes)
 
         block: Block | None = None
-        with progress_bar("tokenizing", self.source.n_bytes, self.quiet) as bar:
+        with progress_bar("tokenizing", self.splits.n_bytes, self.quiet) as bar:
             for place, ids in encoder.stream(missing()):
                 if block is None or place.block != block.number:
                     if block:
@@ -190,7 +191,7 @@ class Work:
                 bar.set_postfix_str(f"{n_tokens / 1e6:,.1f}M tokens", refresh=False)
             if block:
                 block.write(self.directory)
-        self.state |= {"blocks": count, "replaced": self.source.mended.summary()}
+        self.state |= {"blocks": count, "replaced": self.splits.replaced()}
         files.write_json(self.directory / "state.json", self.state)
 
     def _join(self) -> str:
@@ -202,6 +203,8 @@ class Work:
         for name, entry in entries.items():
             if not entry["documents"]:
                 raise empty_split(name, source, sum(other["documents"] for other in entries.values()))
+        for name, copies in copies_in_train(self.directory, self.state["blocks"], self.names[1:]).items():
+            entries[name]["copies"] = copies
         if open_source(self.splits.config).identity != source.identity:
             raise BadInput(f"{source.describe} changed while it was read; start again")
         tokenizer_file = directory / TOKENIZER
@@ -272,6 +275,8 @@ def describe(manifest: dict[str, Any]) -> str:
             f"{name + ':':6} {documents:>9,} documents {n_bytes:>14,} bytes {tokens:>13,} tokens "
             f"({n_bytes / tokens:.2f} bytes per token)"
         )
+        if copies := split.get("copies", 0):
+            lines[-1] += f"; {copies:,} of the documents are in train, too (data.copies=drop takes them out there)"
     return "\n".join(lines)
 
 
@@ -354,30 +359,35 @@ class Splits:
     def __init__(self, source: Source, config: Data, ends: list[int] | None = None, quiet: bool = True) -> None:
         """``ends`` are those of an earlier reading: without them, the text of a tail split is read to be counted."""
         self.source, self.config = source, config
+        self.val_fraction = 0.0 if source.held_out else config.val_fraction
         self.ends = ends  # of train, val and test, in characters, if the tail is held out
         self.owners: dict[int, str] = {}  # hashes of texts, and the only split that may have each
+        self.held_out: Copies | None = None
         self._check_transform()
         if source.split == "tail" and ends is None:
-            n, test, held_out = 0, config.test_fraction, config.val_fraction
+            n, test, held_out = 0, config.test_fraction, self.val_fraction
             with progress_bar("counting", source.n_bytes, quiet) as bar:
                 for piece in source.pieces():
                     n += len(piece.text)
                     bar.update(len(piece.text))
             self.ends = [round(n * (1 - held_out - test)), round(n * (1 - test)), n]
         elif source.split != "tail" and source.transform:
-            for name, document in self._documents():
+            for name, document in whole_documents(self._parts()):
                 if name != "train":
                     # About 100 bytes for each text, before and after the transform.
                     for text in (document, *source.transformed(document)):
                         if self.owners.get(hash_of(text)) != "test":
                             self.owners[hash_of(text)] = name
+        if config.copies != "keep":
+            firsts = (piece.text for name, piece in self._parts() if piece.first and name != "train")
+            self.held_out = Copies(firsts, near=config.copies == "drop_near")
 
     def texts(self, in_pieces: bool = True) -> Iterator[tuple[str, Piece]]:
         """The name of its split and every text, as the transform gives it, in the source's order; or whole texts."""
         if in_pieces and not self.source.transform:
-            yield from self._parts()
+            yield from self._kept()
             return
-        for name, part in self._documents():
+        for name, part in whole_documents(self._kept()):
             for text in self.source.transformed(part):
                 if self.owners and self.owners.get(hash_of(text), name) != name:
                     self.source.mended[HELD_OUT] += 1
@@ -386,22 +396,40 @@ class Splits:
                 else:
                     yield name, Piece(text)
 
-    def _documents(self) -> Iterator[tuple[str, str]]:
-        """The name of its split and the whole text of every document before its transform."""
-        texts: list[str] = []
+    @property
+    def n_bytes(self) -> int | None:
+        """The size of what is read, where it is known beforehand."""
+        sizes = [source.n_bytes for source in (self.source, self.source.held_out) if source]
+        return None if None in sizes else sum(sizes)  # type: ignore[arg-type]
+
+    def replaced(self) -> str:
+        """What was done to the text on the way, in a line."""
+        held_out = self.source.held_out
+        return (Mended(self.source.mended + held_out.mended) if held_out else self.source.mended).summary()
+
+    def _kept(self) -> Iterator[tuple[str, Piece]]:
+        """The name of its split and every piece, but for documents of train that are copies, if these are dropped."""
+        if self.held_out is None:
+            yield from self._parts()
+            return
+        is_copy = False
         for name, piece in self._parts():
-            texts.append(piece.text)
-            if piece.last:
-                yield name, "".join(texts)
-                texts = []
+            if piece.first:
+                is_copy = name == "train" and piece.text in self.held_out
+                self.source.mended[COPIES] += is_copy
+            if not is_copy:
+                yield name, piece
 
     def _parts(self) -> Iterator[tuple[str, Piece]]:
-        """The name of its split and every piece of a document; a document across two splits becomes two."""
+        """The name of its split and every piece of a document; a document across two splits becomes two.
+
+        Behind all comes the text to validate on, if it was given.
+        """
         position, name = 0, ""
         for piece in self.source.pieces():
             if self.ends is None:
                 if piece.first:
-                    name = split_of(piece.text, self.config.val_fraction, self.config.test_fraction)
+                    name = split_of(piece.text, self.val_fraction, self.config.test_fraction)
                 yield name, piece
                 continue
             end = position + len(piece.text)
@@ -416,6 +444,8 @@ class Splits:
                 f"{self.source.describe} gave {self.ends[-1]:,} characters at first and {position:,} the second time; "
                 "is it being written to?"
             )
+        if self.source.held_out:
+            yield from (("val", piece) for piece in self.source.held_out.pieces())
 
     def _check_transform(self) -> None:
         """Raises BadInput if the transform does not give the same for the first document twice."""
@@ -428,17 +458,22 @@ class Splits:
             )
 
 
-def hash_of(text: str) -> int:
-    """64 bits of BLAKE2b of a text."""
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")
+def whole_documents(parts: Iterator[tuple[str, Piece]]) -> Iterator[tuple[str, str]]:
+    """The name of its split and the whole text of every document."""
+    texts: list[str] = []
+    for name, piece in parts:
+        texts.append(piece.text)
+        if piece.last:
+            yield name, "".join(texts)
+            texts = []
 
 
 def split_of(document: str, val_fraction: float, test_fraction: float) -> str:
     """The split into which a document falls by the hash of its text, whatever the seed of the run.
 
-    Of a document longer than a piece (2^20 characters) it is the first piece that counts.
+    White space around it does not count; of a document longer than a piece (2^20 characters) the first piece does.
     """
-    fraction = hash_of(document) / 2**64
+    fraction = hash_of(document.strip()) / 2**64
     if fraction < test_fraction:
         return "test"
     return "val" if fraction < test_fraction + val_fraction else "train"

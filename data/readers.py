@@ -53,7 +53,9 @@ INVALID = "invalid bytes became U+FFFD"
 CRLF = "CRLF became LF"
 MARKS = "byte-order marks dropped"
 EMPTY = "empty documents left out"
+SHORT = "documents left out that are too short"
 SEPARATORS = f"{END_OF_TEXT} in the text, which separates nothing (--data.separator='{END_OF_TEXT}' would)"
+COPIES = "documents of train left out that a held-out split has"
 HELD_OUT = "transformed texts left out that a held-out split has"
 
 
@@ -62,7 +64,7 @@ class Mended(Counter[str]):
 
     def summary(self) -> str:
         """One line, or "nothing"."""
-        kinds = (INVALID, CRLF, MARKS, EMPTY, SEPARATORS, HELD_OUT)
+        kinds = (INVALID, CRLF, MARKS, EMPTY, SHORT, SEPARATORS, HELD_OUT, COPIES)
         return "; ".join(f"{self[what]:,} {what}" for what in kinds if self[what]) or "nothing"
 
     def decode(self, raw: bytes) -> str:

@@ -51,6 +51,7 @@ class SplitEntry(BaseModel, strict=True):
     bytes: Count
     tokens: Count
     documents: Count
+    copies: Count = 0
     shards: list[FileEntry]
 
 

@@ -26,6 +26,7 @@ from data import known, readers
 from data.pieces import Piece, cut, whole
 from data.readers import Fragment, Mended
 
+IdentityOf = Callable[[Path, list[Path]], dict[str, Any]]
 HUB_NAME = re.compile(r"([\w-]+)/[\w-][\w.-]*")  # of a dataset, its owner first
 FEW_FILES = 100  # below this many files the hash of a document splits too coarsely, and the tail is held out
 
@@ -45,8 +46,11 @@ class Source:
     split: str
     n_bytes: int | None
     read: Callable[[Mended], Iterator[Fragment]]
-    transform: Callable[[str], Any] | None
-    max_documents: int | None
+    max_documents: int | None = None
+    min_characters: int = 0
+    transform: Callable[[str], Any] | None = None
+    held_out: Source | None = None
+    """The text to validate on, if it is given."""
     mended: Mended = field(default_factory=Mended)
 
     def pieces(self) -> Iterator[Piece]:
@@ -57,8 +61,8 @@ class Source:
         self.mended = Mended()
         documents = 0
         for piece in cut(self.read(self.mended)):
-            if piece.first and piece.last and not piece.text.strip():
-                self.mended[readers.EMPTY] += 1
+            if piece.first and piece.last and len(text := piece.text.strip()) < max(1, self.min_characters):
+                self.mended[readers.SHORT if text else readers.EMPTY] += 1
                 continue
             yield piece
             documents += piece.last
@@ -97,42 +101,55 @@ def open_source(config: Data, root: Path | None = None) -> Source:
     Raises BadInput for a path that holds nothing readable, or a transform that cannot be imported.
     """
     corpus, identity_of = kind_of(config), partial(known.identity_of, root=root)
-    identity: dict[str, Any] = {"corpus": corpus, "max_documents": config.max_documents}
-    split, n_bytes, name = "documents", None, str(config.path)
-    read: Callable[[Mended], Iterator[Fragment]]
-    if corpus == "huggingface":
-        if os.path.isfile(name):
-            raise BadInput(f"data.path={name} is a file and no dataset; leave data.corpus at auto, and it is read")
-        if config.document not in ("auto", "field") or config.separator:
-            raise BadInput(f"data.document={config.document} does not fit a dataset, made of rows; use auto")
-        describe = f"dataset {name}, {config.subset + ', ' if config.subset else ''}split {config.source_split}"
-        identity |= readers.dataset_identity(config, identity_of)
-        read = partial(readers.read_dataset, config)
-    else:
-        if corpus == "stdlib":
-            base, files = readers.stdlib_files()
-            name, describe = "stdlib", f"the standard library of Python {platform.python_version()}"
-        else:
-            base, files = readers.text_files(name)
-            describe = f"{name} ({len(files)} file{'s' if len(files) > 1 else ''})"
-        kinds = {readers.document_kind(config, file) for file in files}
-        identity |= {"document": sorted(kinds), **identity_of(base, files)}
-        if "field" in kinds:
-            identity["text_field"] = config.text_field
-        elif not any(map(readers.is_compressed, files)):
-            n_bytes = identity["bytes"]
-        if "separated" in kinds:
-            identity["separator"] = config.separator
-        if corpus == "text" and kinds == {"file"} and len(files) < FEW_FILES:
-            split = "tail"
-        read = partial(readers.read_files, config, files)
-    transform = None
+    source = open_dataset(config, identity_of) if corpus == "huggingface" else open_files(config, corpus, identity_of)
+    source.identity |= {"corpus": corpus, "max_documents": config.max_documents}
+    if config.split != "auto":
+        source.split = config.split
     if config.transform:
-        transform, digest = import_transform(config.transform)
-        identity["transform"] = {"name": config.transform, "sha256": digest}
-    split = split if config.split == "auto" else config.split
-    name = short_name(name) or corpus
-    return Source(name, describe, identity, split, n_bytes, read, transform, config.max_documents)
+        source.transform, digest = import_transform(config.transform)
+        source.identity["transform"] = {"name": config.transform, "sha256": digest}
+    if config.min_characters:
+        source.identity["min_characters"] = config.min_characters
+    if config.val_path or config.val_split:
+        only = {"path": config.val_path or config.path, "source_split": config.val_split or config.source_split}
+        held_out = open_source(config.model_copy(update=only | {"val_path": None, "val_split": None}), root)
+        source.held_out, source.identity["val"] = held_out, held_out.identity
+        source.describe += f"; validation on {held_out.describe}"
+    return source
+
+
+def open_dataset(config: Data, identity_of: IdentityOf) -> Source:
+    """A Hugging Face dataset."""
+    name = str(config.path)
+    if os.path.isfile(name):
+        raise BadInput(f"data.path={name} is a file and no dataset; leave data.corpus at auto, and it is read")
+    if config.document not in ("auto", "field") or config.separator:
+        raise BadInput(f"data.document={config.document} does not fit a dataset, made of rows; use auto")
+    describe = f"dataset {name}, {config.subset + ', ' if config.subset else ''}split {config.source_split}"
+    identity, read = readers.dataset_identity(config, identity_of), partial(readers.read_dataset, config)
+    limits = config.max_documents, config.min_characters
+    return Source(short_name(name) or "huggingface", describe, identity, "documents", None, read, *limits)
+
+
+def open_files(config: Data, corpus: str, identity_of: IdentityOf) -> Source:
+    """Files, or the standard library's."""
+    if corpus == "stdlib":
+        base, files = readers.stdlib_files()
+        name, describe = "stdlib", f"the standard library of Python {platform.python_version()}"
+    else:
+        base, files = readers.text_files(str(config.path))
+        name, describe = str(config.path), f"{config.path} ({len(files)} file{'s' if len(files) > 1 else ''})"
+    kinds = {readers.document_kind(config, file) for file in files}
+    identity = {"document": sorted(kinds), **identity_of(base, files)}
+    if "field" in kinds:
+        identity["text_field"] = config.text_field
+    if "separated" in kinds:
+        identity["separator"] = config.separator
+    is_known = "field" not in kinds and not any(map(readers.is_compressed, files))
+    n_bytes = identity["bytes"] if is_known else None
+    split = "tail" if corpus == "text" and kinds == {"file"} and len(files) < FEW_FILES else "documents"
+    read, limits = partial(readers.read_files, config, files), (config.max_documents, config.min_characters)
+    return Source(short_name(name) or "text", describe, identity, split, n_bytes, read, *limits)
 
 
 def kind_of(config: Data) -> str:

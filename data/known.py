@@ -84,7 +84,12 @@ def prepared(config: Data) -> Path | None:
         "vocab_size": tokenizer.get("vocab_size"),
         "tokenizer_sample": tokenizer.get("sample"),
     }
-    made |= {"copies": manifest.get("copies"), "val_path": None, "val_split": None, "separator": source.get("separator")}
+    made |= {
+        "copies": manifest.get("copies"),
+        "val_path": None,
+        "val_split": None,
+        "separator": source.get("separator"),
+    }
     made |= {"transform": source.get("transform", {}).get("name"), "document": "/".join(source.get("document", []))}
     wrong = [
         f"data.{name} is {value}, and it was made with {made[name]}"

@@ -21,6 +21,7 @@ from safetensors.numpy import load_file, save_file
 
 import files
 from config import BadInput, Data
+from data import prepare as preparation
 from data import sources
 from data.encoding import encode_documents
 from data.known import CACHE
@@ -451,15 +452,24 @@ def test_a_sample_for_the_tokenizer_is_drawn_evenly(tmp_path: Path, capsys: pyte
     assert "drawn evenly" not in capsys.readouterr().out
 
 
-def test_progress_without_a_terminal_is_told_in_lines(capsys: pytest.CaptureFixture[str]) -> None:
+def test_progress_without_a_terminal_is_told_in_lines(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From time to time, also while nothing comes to its end."""
+    assert preparation.TELL_EVERY <= 60
+    monkeypatch.setattr(preparation, "TELL_EVERY", 0.01)
     with progress_bar("tokenizing", 3_000_000, quiet=False) as bar:
-        bar.update(1)
-        assert bar.mininterval <= 60  # so long it may be silent
-        bar.delay = bar.mininterval = 0
         bar.set_postfix_str("0.3M tokens", refresh=False)
         bar.update(1_000_000)
-    line = capsys.readouterr().err
-    assert re.fullmatch(r"tokenizing: 1.00MB of 3.00MB, \S+B/s, \d\d:\d\d left, 0.3M tokens\n", line), line
+        time.sleep(0.1)
+    with progress_bar("in silence", 3_000_000, quiet=True) as bar:
+        bar.update(1_000_000)
+        time.sleep(0.05)
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) > 1
+    for line in lines:
+        form = r"tokenizing: 1.00MB of 3.00MB in \d\d:\d\d, \S+B/s, \d\d:\d\d left, 0.3M tokens"
+        assert re.fullmatch(form, line), line
 
 
 def test_two_processes_do_the_work_once(tmp_path: Path) -> None:

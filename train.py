@@ -57,10 +57,10 @@ def train(config: Config, hardware: Hardware) -> int:
     from evaluation.diagnosis import diagnose
     from evaluation.judge import Judge
     from hardware import resolve_compile
-    from model.gpt import GPT
     from tracking.run import Run
     from training.heartbeat import watched
     from training.learner import Learner
+    from training.memory import build
     from training.processes import main_first
     from training.progress import Plan
     from training.signals import StopSignals
@@ -77,7 +77,7 @@ def train(config: Config, hardware: Hardware) -> int:
         loader = TrainingLoader(corpus.split("train"), config.data, config.run.seed, *sizes)
         plan = Plan.of(config, loader)
 
-        model = GPT(config.model, corpus.vocab_size, config.regularizers).initialize(config.run.seed)
+        model = build(config, hardware, corpus.vocab_size, plan.total_steps)
         sizes = model.count_parameters(), plan.total_steps
         hardware = resolve_compile(hardware, config, run.before.get("hardware", {}), *sizes)
         teachers = run.teachers(corpus)

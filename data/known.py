@@ -14,7 +14,7 @@ from config import BadInput, Data
 from data.readers import files_identity
 
 CACHE = ".sources.json"  # beside the corpora
-ENTRIES = 50  # sources that are remembered, those looked at last
+ENTRIES = 50  # sources that are remembered, those read last
 SETTLED = 2 * 10**9  # nanoseconds without a change after which a later change must show in a file's times
 
 
@@ -28,11 +28,12 @@ def identity_of(base: Path, paths: list[Path], root: Path | None) -> dict[str, A
     if root is None or stamp is None:
         return files_identity(base, paths)
     known = remembered(root)
-    identity = known.pop(stamp, None) or files_identity(base, paths)
-    with suppress(OSError):  # a root that cannot be written to is told of where that matters
-        root.mkdir(parents=True, exist_ok=True)
-        latest = list((known | {stamp: identity}).items())[-ENTRIES:]
-        files.write_json(root / CACHE, dict(latest))
+    if stamp not in known:
+        known[stamp] = files_identity(base, paths)
+        with suppress(OSError):  # a root that cannot be written to is told of where that matters
+            root.mkdir(parents=True, exist_ok=True)
+            files.write_json(root / CACHE, dict(list(known.items())[-ENTRIES:]))
+    identity: dict[str, Any] = known[stamp]
     return identity
 
 

@@ -13,10 +13,10 @@ import torch
 from torch.profiler import ProfilerActivity
 
 from benchmarks.ours import Shape, our_step
-from config import Config
+from config import BadInput, Config
 from hardware import Hardware
 from tracking.run_directory import read_config, read_summary
-from training.memory import largest_micro_batch_size, needed
+from training.memory import build, largest_micro_batch_size, needed
 
 CPU = Hardware(0, 1, torch.device("cpu"), "fp32", False, 1)
 MODEL = {"family": "gpt2", "n_layers": 4, "d_model": 256, "n_heads": 4, "context_length": 256}
@@ -50,6 +50,34 @@ def test_weights_by_hand() -> None:
     assert large == pytest.approx(5 * 4 * 2 * 10**6, rel=0.01)
     parts = Hardware(0, 4, torch.device("cpu"), "fp32", False, 1, parts=4)
     assert needed(config(model=sizes), parts, 10**6, 1) == pytest.approx(large / 4, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "knobs"),
+    [
+        ({"d_model": 100_000, "n_layers": 2}, "model.d_model=100000 or model.n_layers=2"),
+        ({"d_model": 64, "n_layers": 1}, "model.d_model=64 or the vocabulary of 1,000,000,000"),
+    ],
+)
+def test_a_model_that_does_not_fit_is_refused_before_it_is_there(sizes: dict[str, int], knobs: str) -> None:
+    large = config(model=MODEL | sizes)
+    with pytest.raises(BadInput, match=rf"needs [\d,]+ GB with gradients .* GB of cpu; lower {knobs}"):
+        build(large, CPU, 10**9 if sizes["n_layers"] == 1 else 257, 100)
+
+
+def test_what_a_run_takes_is_told_before_it_is_there(capsys: pytest.CaptureFixture[str]) -> None:
+    """By hand: V·D + T·D of embeddings, 12·D² + 13·D a block, 2·D of the last norm; five times their bytes in fp32."""
+    small = config(model={"family": "gpt2", "n_layers": 2, "d_model": 8, "n_heads": 2, "context_length": 16})
+    model = build(small, CPU, 300, 10)
+    parameters = 300 * 8 + 16 * 8 + 2 * (12 * 64 + 13 * 8) + 2 * 8
+    said = capsys.readouterr().out
+    assert model.count_parameters() == parameters
+    assert said.startswith(f"model      gpt2, {parameters:,} parameters: {20 * parameters / 1e9:.2f} GB with gradients")
+    assert "minutes" not in said
+    # 6 operations a parameter and token: 10^11 steps of 12 x 16 tokens take 10^4 hours and more at 10^11 a second.
+    build(small, CPU, 300, 10**10)
+    hours = int(capsys.readouterr().out.split("roughly ")[1].split(" minutes")[0].replace(",", "")) / 60
+    assert hours > 6 * parameters * 10**10 * small.tokens_per_step / 1e11 / 3600
 
 
 def test_the_largest_that_fits_and_that_the_processes_can_share(monkeypatch: pytest.MonkeyPatch) -> None:

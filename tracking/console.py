@@ -48,9 +48,7 @@ class Console:
         self.bar.close()
 
 
-def tell_start(
-    directory: Path, step: int, corpus: str, length: str, config: Config, parameters: int, hardware: dict[str, Any]
-) -> None:
+def tell_start(directory: Path, step: int, corpus: str, length: str, config: Config, hardware: dict[str, Any]) -> None:
     """What is about to be trained, on what, for how long; ``step``: where the run goes on, 0 for its beginning."""
     print(f"run        {directory}" + (f" goes on from step {step}" if step else ""))
     print(f"corpus     {corpus}")
@@ -60,7 +58,6 @@ def tell_start(
     if config.training.deterministic == "fast":
         gained = "attention, NCCL and the compiler use their fastest sums; the same run gives other bits each time"
         print(f"fast       {gained if hardware['device'] == 'cuda' else 'nothing changes: it is for CUDA devices'}")
-    print(f"model      {config.model.family}, {parameters:,} parameters")
     print(f"hardware   {', '.join(f'{key} {value}' for key, value in hardware.items())}")
     if hardware["compile"]:
         print(

@@ -225,7 +225,7 @@ class Run:
         )
         text = f"{corpus.directory}, {training_tokens:,} training tokens"
         length = f"{plan.total_steps:,} steps, {plan.epoch_at(plan.total_steps):,.2f} epochs"
-        tell_start(self.path, progress.step, text, length, self.config, parameters, hardware)
+        tell_start(self.path, progress.step, text, length, self.config, hardware)
         print(evaluation_line(self.config, plan.evaluation_every, corpus.split("val").n_tokens))
         lines = describe_groups(learner.optimizers, self.config.regularizers, plan.steps_per_epoch)
         lines += [f"teacher    {one.described['checkpoint']}, {one.share:.0%} of the mean" for one in learner.teachers]

@@ -1,4 +1,4 @@
-"""How many sequences at once a device has the memory for (training.micro_batch_size=auto)."""
+"""What a model takes, told before it is there, and how many sequences at once a device has the memory for."""
 
 from __future__ import annotations
 
@@ -8,13 +8,39 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from config import Config
-from hardware import Hardware
+from config import BadInput, Config
+from hardware import Hardware, estimated_seconds
 from model.gpt import GPT
 from randomness import seed_activations
 
 USED = 0.8  # of the memory at most: memory is handed out in pieces, and others want some
 COPIES = 5  # of the weights: themselves, their gradients, two moments, and an average or gradients on their way
+
+
+def build(config: Config, hardware: Hardware, vocab_size: int, total_steps: int) -> GPT:
+    """The model of a run with its initial weights, on the CPU; how large it is has then been told.
+
+    Raises BadInput, before anything is allocated, when the weights and what has their size do not fit.
+    """
+    with torch.device("meta"):
+        blank = GPT(config.model, vocab_size, config.regularizers)
+    parameters, here = blank.count_parameters(), memory_of(hardware)
+    needs = COPIES * 4 * parameters // hardware.parts
+    size = f"{config.model.family}, {parameters:,} parameters"
+    memory = f"{needs / 1e9:,.{2 * (needs < 1e10)}f} GB with gradients and moments, of {here / 1e9:,.0f} GB"
+    if needs > here:
+        in_blocks = sum(parameter.numel() for parameter in blank.blocks.parameters())
+        sizes = {
+            f"model.d_model={config.model.d_model} or model.n_layers={config.model.n_layers}": in_blocks,
+            f"model.d_model={config.model.d_model} or the vocabulary of {vocab_size:,}": parameters - in_blocks,
+        }
+        largest = max(sizes, key=sizes.__getitem__)
+        raise BadInput(f"the model ({size}) needs {memory} of {hardware.device}; lower {largest}")
+    if hardware.main:
+        seconds = estimated_seconds(hardware, config, parameters, total_steps)
+        time = f"; roughly {seconds / 60:,.0f} minutes" if hardware.device.type == "cpu" and seconds > 90 else ""
+        print(f"model      {size}: {memory}{time}", flush=True)
+    return GPT(config.model, vocab_size, config.regularizers).initialize(config.run.seed)
 
 
 def largest_micro_batch_size(config: Config, hardware: Hardware, vocab_size: int) -> int:

@@ -24,6 +24,7 @@ from program import cores
 Label = TypeVar("Label")
 
 BATCH = 2**20  # characters that a thread encodes at once, a little more at most
+MOST_THREADS = 16  # more would wait for the one that reads, and each holds some megabytes
 LIBRARY_PIECE = 65_536  # characters: the library needs about 200 bytes for each byte of text
 
 # GPT-2's pre-tokenizer, as OpenAI's own tiktoken writes it.
@@ -48,7 +49,7 @@ class Encoder:
         self.tokenizer, self.rest = tokenizer, without_prefix(tokenizer)
         self.fast = fast_way(tokenizer)
         self.in_pieces = self.fast is not None or cuts_cleanly(self.tokenizer, self.rest)
-        self.threads = cores() if self.fast else 1  # the library's own threads take all cores
+        self.threads = min(cores(), MOST_THREADS) if self.fast else 1  # the library's own threads take all cores
 
     def __call__(self, pieces: list[Piece]) -> list[np.ndarray]:
         """The ids of each piece, uint32; no end-of-text is added."""

@@ -18,8 +18,10 @@ corpora/.<name>-<fingerprint>.partial/   while it is made; what goes on from it 
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
@@ -58,6 +60,7 @@ SPLITS = ("train", "val", "test")
 SHARD_TOKENS = 50_000_000
 TRAINING_PIECE = 65_536  # characters of which the sample for a tokenizer is made
 FORGOTTEN = 7 * 86_400  # seconds
+TELL_EVERY = 30.0  # seconds, where there is no terminal
 
 
 def prepare(
@@ -185,10 +188,10 @@ class Work:
                 if block is None or place.block != block.number:
                     if block:
                         block.write(self.directory)
+                        bar.set_postfix_str(f"{n_tokens / 1e6:,.1f}M tokens", refresh=False)
                     block = Block(place.block, self.end_of_text, self.dtype)
                 block.add(place, ids)
                 n_tokens += len(ids)
-                bar.set_postfix_str(f"{n_tokens / 1e6:,.1f}M tokens", refresh=False)
             if block:
                 block.write(self.directory)
         self.state |= {"blocks": count, "replaced": self.splits.replaced()}
@@ -336,13 +339,27 @@ class Lines:
         sys.stderr.flush()
 
 
-def progress_bar(what: str, total: int | None, quiet: bool, unit: str = "B") -> tqdm[Any]:
-    """How much is done, how fast, and the time left; without a terminal a line each half minute."""
+@contextmanager
+def progress_bar(what: str, total: int | None, quiet: bool, unit: str = "B") -> Iterator[tqdm[Any]]:
+    """How much is done, how fast, and the time left; without a terminal a line each half minute, whatever happens."""
     form: dict[str, Any] = {}
     if not sys.stderr.isatty():
-        line = "{desc}: {n_fmt}{unit} of {total_fmt}{unit}, {rate_fmt}, {remaining} left{postfix}"
-        form = {"file": Lines(), "bar_format": line, "mininterval": 30, "delay": 10}
-    return tqdm(desc=what, total=total, disable=quiet, unit=unit, unit_scale=True, leave=False, **form)
+        line = "{desc}: {n_fmt}{unit} of {total_fmt}{unit} in {elapsed}, {rate_fmt}, {remaining} left{postfix}"
+        form = {"file": Lines(), "bar_format": line, "mininterval": math.inf, "delay": 1}
+    over = threading.Event()
+    with tqdm(desc=what, total=total, disable=quiet, unit=unit, unit_scale=True, leave=False, **form) as bar:
+
+        def tell() -> None:
+            while not over.wait(TELL_EVERY):
+                bar.refresh()
+
+        thread = threading.Thread(target=tell, daemon=True)
+        thread.start()
+        try:
+            yield bar
+        finally:
+            over.set()
+            thread.join()
 
 
 # ---------------------------------------------------------------------------------------------- splits

@@ -18,10 +18,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
 import files
 from config import BadInput, Data
-from data import sources
+from data import encoding, sources
+from data import prepare as preparation
 from data.encoding import encode_documents
 from data.known import CACHE
 from data.pieces import cut
@@ -223,8 +225,6 @@ def test_what_the_fingerprint_follows(tmp_path: Path) -> None:
 
 
 def test_wide_vocabularies_get_wide_tokens(tmp_path: Path) -> None:
-    from tokenizers import Tokenizer, models, pre_tokenizers
-
     words = {f"w{number}": number for number in range(70_000)} | {"</s>": 70_000}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="w0"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -388,6 +388,18 @@ def test_the_jobs_of_an_array_make_the_same_corpus(tmp_path: Path) -> None:
     assert not list(root.glob(".*.partial"))
 
 
+def test_jobs_work_side_by_side_and_what_puts_them_together_waits(tmp_path: Path) -> None:
+    source, root = many_documents(tmp_path / "rows.jsonl"), tmp_path / "c"
+    directory = prepare(text_config(source), tmp_path / "alone", quiet=True)
+    root.mkdir()
+    with files.lock(root / f".{directory.name}.lock", shared=True):  # as a job at work holds it
+        whole = start_preparing(source, root)
+        assert start_preparing(source, root, job=(0, 2)).wait(30) == 0
+        time.sleep(0.5)
+        assert whole.poll() is None and not (root / directory.name).exists()
+    assert whole.wait(30) == 0 and same_files(root / directory.name, directory)
+
+
 @pytest.mark.fault(20)
 @pytest.mark.parametrize("limit", [8_000, 100_000])
 def test_a_full_disk_is_told_and_what_is_there_is_gone_on_with(tmp_path: Path, limit: int) -> None:
@@ -405,7 +417,8 @@ def test_a_full_disk_is_told_and_what_is_there_is_gone_on_with(tmp_path: Path, l
     )
 
 
-def test_memory_does_not_grow_with_the_text(tmp_path: Path) -> None:
+def test_memory_does_not_grow_with_the_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(encoding, "cores", lambda: 2)  # each more has a few megabytes of its own
     peaks = []
     for size in (20_000_000, 40_000_000):
         (tmp_path / "t.txt").write_text("some words " * (size // 11))
@@ -434,6 +447,23 @@ def test_a_document_in_pieces_gives_the_tokens_of_the_whole(
     assert same_files(prepare(uneven, tmp_path / "whole", quiet=True), pieces)
 
 
+def test_a_tokenizer_that_reaches_across_pieces_gets_whole_documents(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One whose tokens have blanks within."""
+    tokenizer = Tokenizer(models.BPE())
+    trainer = trainers.BpeTrainer(vocab_size=60, special_tokens=["</s>"], show_progress=False)
+    text = "one two three. " * 20
+    tokenizer.train_from_iterator([text], trainer)
+    tokenizer.save(str(tmp_path / "mine.json"))
+    (tmp_path / "t.txt").write_text(text)
+    monkeypatch.setattr(sources, "cut", lambda fragments: cut(fragments, 20))
+    config = text_config(tmp_path / "t.txt", tokenizer=str(tmp_path / "mine.json"), val_fraction=0.2, test_fraction=0)
+    train = Corpus.open(prepare(config, tmp_path / "c", quiet=True)).split("train")
+    expected = tokenizer.encode(text[:240], add_special_tokens=False).ids
+    assert train.read(1, train.n_tokens).tolist() == expected and len(expected) < 40
+
+
 def test_a_sample_for_the_tokenizer_is_drawn_evenly(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Of ten stretches of text, each with a word of its own, a tenth has all ten words."""
     words = ["zebra", "quick", "jolly", "vexed", "fudge", "money", "hotel", "brisk", "wispy", "graph"]
@@ -451,15 +481,24 @@ def test_a_sample_for_the_tokenizer_is_drawn_evenly(tmp_path: Path, capsys: pyte
     assert "drawn evenly" not in capsys.readouterr().out
 
 
-def test_progress_without_a_terminal_is_told_in_lines(capsys: pytest.CaptureFixture[str]) -> None:
+def test_progress_without_a_terminal_is_told_in_lines(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From time to time, also while nothing comes to its end."""
+    assert preparation.TELL_EVERY <= 60
+    monkeypatch.setattr(preparation, "TELL_EVERY", 0.01)
     with progress_bar("tokenizing", 3_000_000, quiet=False) as bar:
-        bar.update(1)
-        assert bar.mininterval <= 60  # so long it may be silent
-        bar.delay = bar.mininterval = 0
         bar.set_postfix_str("0.3M tokens", refresh=False)
         bar.update(1_000_000)
-    line = capsys.readouterr().err
-    assert re.fullmatch(r"tokenizing: 1.00MB of 3.00MB, \S+B/s, \d\d:\d\d left, 0.3M tokens\n", line), line
+        time.sleep(0.1)
+    with progress_bar("in silence", 3_000_000, quiet=True) as bar:
+        bar.update(1_000_000)
+        time.sleep(0.05)
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) > 1
+    for line in lines:
+        form = r"tokenizing: 1.00MB of 3.00MB in \d\d:\d\d, \S+B/s, \d\d:\d\d left, 0.3M tokens"
+        assert re.fullmatch(form, line), line
 
 
 def test_two_processes_do_the_work_once(tmp_path: Path) -> None:

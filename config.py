@@ -127,9 +127,10 @@ class Run(Section):
 class Data(Section):
     """The text, its tokens, and the order in which they are seen."""
 
-    corpus: Literal["auto", "stdlib", "text", "huggingface"] = "auto"
-    """stdlib: the source of Python's own standard library. text: your files. huggingface: a dataset, by name or as
-    `datasets` saved it. auto: what data.path is; without one, stdlib."""
+    corpus: Literal["auto", "stdlib", "text", "tokens", "huggingface"] = "auto"
+    """stdlib: the source of Python's own standard library. text: your files. tokens: nanoGPT's, llm.c's or Megatron's
+    .bin, with their data.tokenizer. huggingface: a dataset, by name or as `datasets` saved it. auto: what data.path
+    is; without one, stdlib."""
     path: str | None = None
     """A file or a glob such as 'books/*.txt' (text; .jsonl, .json, .csv, .tsv and .parquet have fields; .gz, .bz2, .xz
     or .zst may follow), an address (s3://, gs://, hf://, https://), a dataset's name or directory, or a corpus that is

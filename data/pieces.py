@@ -10,6 +10,8 @@ import re
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
+import numpy as np
+
 PIECE = 2**20  # characters of a piece at most
 
 # Everything up to the last place where a pre-tokenizer breaks whether or not it sees the other side: behind a single
@@ -19,11 +21,12 @@ UP_TO_A_CLEAN_CUT = re.compile(r".+(?:(?<=\S\n)(?=\S)|(?<=[^\W\d_])(?=\s))", re.
 
 
 class Piece(NamedTuple):
-    """A stretch of a document, and whether the document begins and ends with it."""
+    """A stretch of a document, whether the document begins and ends with it, and its ids, if it came tokenized."""
 
     text: str
     first: bool = True
     last: bool = True
+    ids: np.ndarray | None = None
 
 
 def cut(fragments: Iterable[tuple[str, bool]], limit: int = PIECE) -> Iterator[Piece]:

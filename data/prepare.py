@@ -176,7 +176,8 @@ class Work:
 
         def missing() -> Iterator[tuple[Piece, Place]]:
             nonlocal count
-            for piece, place in blocks.placed(self.splits.texts(encoder.in_pieces), self.block_bytes):
+            texts = self.splits.texts(encoder.in_pieces or self.source.in_pieces)
+            for piece, place in blocks.placed(texts, self.block_bytes):
                 count = place.block + 1
                 if place.block % jobs == index and place.block not in done:
                     yield piece, place

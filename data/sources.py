@@ -24,7 +24,8 @@ from typing import Any
 from config import BadInput, Data
 from data import known, readers
 from data.pieces import Piece, cut, whole
-from data.readers import Fragment, Mended
+from data.readers import Mended
+from data.token_files import read_tokens
 
 IdentityOf = Callable[[Path, list[Path]], dict[str, Any]]
 HUB_NAME = re.compile(r"([\w-]+)/[\w-][\w.-]*")  # of a dataset, its owner first
@@ -45,10 +46,12 @@ class Source:
     identity: dict[str, Any]
     split: str
     n_bytes: int | None
-    read: Callable[[Mended], Iterator[Fragment]]
+    read: Callable[[Mended], Iterator[Any]]
+    """Fragments of documents; pieces, if ``in_pieces``."""
     max_documents: int | None = None
     min_characters: int = 0
     transform: Callable[[str], Any] | None = None
+    in_pieces: bool = False
     held_out: Source | None = None
     """The text to validate on, if it is given."""
     mended: Mended = field(default_factory=Mended)
@@ -60,7 +63,7 @@ class Source:
         """
         self.mended = Mended()
         documents = 0
-        for piece in cut(self.read(self.mended)):
+        for piece in self.read(self.mended) if self.in_pieces else cut(self.read(self.mended)):
             if piece.first and piece.last and len(text := piece.text.strip()) < max(1, self.min_characters):
                 self.mended[readers.SHORT if text else readers.EMPTY] += 1
                 continue
@@ -101,7 +104,12 @@ def open_source(config: Data, root: Path | None = None) -> Source:
     Raises BadInput for a path that holds nothing readable, or a transform that cannot be imported.
     """
     corpus, identity_of = kind_of(config), partial(known.identity_of, root=root)
-    source = open_dataset(config, identity_of) if corpus == "huggingface" else open_files(config, corpus, identity_of)
+    if corpus == "huggingface":
+        source = open_dataset(config, identity_of)
+    elif corpus == "tokens":
+        source = open_tokens(config, identity_of)
+    else:
+        source = open_files(config, corpus, identity_of)
     source.identity |= {"corpus": corpus, "max_documents": config.max_documents}
     if config.split != "auto":
         source.split = config.split
@@ -131,6 +139,23 @@ def open_dataset(config: Data, identity_of: IdentityOf) -> Source:
     return Source(short_name(name) or "huggingface", describe, identity, "documents", None, read, *limits)
 
 
+def open_tokens(config: Data, identity_of: IdentityOf) -> Source:
+    """Files of tokens that others have made."""
+    wrong = [name for name, value in (("transform", config.transform), ("separator", config.separator)) if value]
+    if wrong or config.split == "tail" or config.document != "auto":
+        what = wrong or ["document" if config.document != "auto" else "split=tail"]
+        raise BadInput(f"data.{what[0]} does not fit {config.path}, whose text is tokenized already; leave it out")
+    if config.tokenizer == "bpe":
+        raise BadInput(f"{config.path} is tokenized already; name its tokenizer in data.tokenizer (a tokenizer.json)")
+    base, files = readers.text_files(str(config.path))
+    indices = [index for file in files if (index := file.with_suffix(".idx")).is_file()]
+    identity = {"document": ["tokens"], **identity_of(base, [*files, *indices])}
+    describe = f"{config.path} ({len(files)} file{'s' if len(files) > 1 else ''} of tokens)"
+    read, limits = partial(read_tokens, files, config.tokenizer), (config.max_documents, config.min_characters)
+    name = short_name(str(config.path)) or "tokens"
+    return Source(name, describe, identity, "documents", None, lambda _: read(), *limits, in_pieces=True)
+
+
 def open_files(config: Data, corpus: str, identity_of: IdentityOf) -> Source:
     """Files, or the standard library's."""
     if corpus == "stdlib":
@@ -153,9 +178,10 @@ def open_files(config: Data, corpus: str, identity_of: IdentityOf) -> Source:
 
 
 def kind_of(config: Data) -> str:
-    """What data.corpus=auto means: "stdlib", "text" or "huggingface".
+    """What data.corpus=auto means: "stdlib", "text", "tokens" or "huggingface".
 
-    A path is that of text, but for the directory of a saved dataset, and for owner/name where no such directory is.
+    A path is that of text, but for .bin, for the directory of a saved dataset, and for owner/name where no such
+    directory is.
     """
     if config.corpus != "auto":
         return config.corpus
@@ -163,7 +189,7 @@ def kind_of(config: Data) -> str:
         return "stdlib"
     name = HUB_NAME.fullmatch(config.path)
     is_dataset = readers.is_saved_dataset(config.path) or (name and not os.path.isdir(name[1]))
-    return "huggingface" if is_dataset else "text"
+    return "huggingface" if is_dataset else "tokens" if config.path.endswith(".bin") else "text"
 
 
 def short_name(path: str) -> str:

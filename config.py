@@ -94,8 +94,8 @@ class Run(Section):
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     """auto: cuda if there is one, else mps, else cpu."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    """Of matrix products; weights and moments stay in fp32. auto: bf16 on GPUs and CPUs with AVX512-BF16 or AMX. fp16,
-    with a scaled loss: auto on CUDA devices without bf16 (T4, V100)."""
+    """Of matrix products; weights and moments stay in fp32. auto: bf16 on GPUs, with AMX and with AMD's AVX512-BF16.
+    fp16, with a scaled loss: auto on CUDA devices without bf16 (T4, V100)."""
     compile: Literal["auto", "on", "off"] = "auto"
     """torch.compile. auto: on for GPUs, and for runs on CPUs that will take ten minutes or more; in a study, for runs
     of a minute or more that take ten together."""

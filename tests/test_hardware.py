@@ -154,6 +154,24 @@ def test_cores_are_divided_once(own: bool, threads: int, monkeypatch: pytest.Mon
     assert resolve(Run(device="cpu")).threads == threads
 
 
+@pytest.mark.parametrize(
+    ("amx", "avx512_bf16", "intel", "expected"),
+    [
+        (True, True, True, "bf16"),
+        (False, True, True, "fp32"),  # its AVX512-BF16 gains nothing
+        (False, True, False, "bf16"),
+        (False, False, False, "fp32"),
+    ],
+)
+def test_a_cpu_takes_bf16_where_it_is_faster(
+    amx: bool, avx512_bf16: bool, intel: bool, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512_bf16)
+    monkeypatch.setattr("hardware.is_intel", lambda: intel)
+    assert resolve(Run(device="cpu")).precision == expected
+
+
 @pytest.mark.parametrize(("bf16", "expected"), [(True, "bf16"), (False, "fp16")])
 def test_a_gpu_without_bf16_takes_fp16(bf16: bool, expected: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)

@@ -225,6 +225,19 @@ def dump(config: Config) -> str:
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
+def default_text(field: FieldInfo) -> str:
+    """The default of a knob as YAML has it."""
+    if isinstance(field.default, tuple):
+        return f"[{', '.join(map(str, field.default))}]"
+    return str(yaml.safe_dump(field.get_default(), default_flow_style=True, width=200).splitlines()[0])
+
+
+def doc_lines(field: FieldInfo) -> list[str]:
+    """The doc of a knob as help shows it."""
+    doc = " ".join((field.description or "").split())
+    return textwrap.wrap(doc, 108, initial_indent="      ", subsequent_indent="      ")
+
+
 def type_text(field: FieldInfo) -> str:
     """Type and range of a knob in words, such as ``float >= 0, < 1``."""
     return f"{_annotation_text(field.annotation)} {_limits(field)}".strip()
@@ -257,11 +270,8 @@ def help_text(description: str) -> str:
         page = model.annotation
         lines.append(f"{section}: {(page.__doc__ or '').strip()}")
         for key, field in page.model_fields.items():  # type: ignore[union-attr]
-            default = yaml.safe_dump(field.get_default(), default_flow_style=True).splitlines()[0]
-            default = f"[{', '.join(map(str, field.default))}]" if isinstance(field.default, tuple) else default
-            lines.append(f"  --{section}.{key}={default}   ({type_text(field)})")
-            doc = " ".join((field.description or "").split())
-            lines += textwrap.wrap(doc, 108, initial_indent="      ", subsequent_indent="      ")
+            lines.append(f"  --{section}.{key}={default_text(field)}   ({type_text(field)})")
+            lines += doc_lines(field)
         lines.append("")
     lines.append("exit codes: 0 finished, 2 bad input, 3 preempted (start again to go on), 4 failed")
     return "\n".join(lines)

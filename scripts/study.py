@@ -20,10 +20,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from command_line import default_text, doc_lines, type_text
 from config import BadInput
 from program import FINISHED, PREEMPTED, run
 from studies.results import is_finished
-from studies.space import PILOT_SEEDS, SCALE_SEEDS, Study, read_study
+from studies.space import EXAMPLES, PILOT_SEEDS, SCALE_SEEDS, Study, keys, read_study
 
 ACTIONS = {
     "run": "train what is not finished, then write the report",
@@ -48,7 +49,8 @@ than the one before, so that all together are wrong in at most 5%. The same numb
 def command_line() -> argparse.ArgumentParser:
     """The actions and their options."""
     plain = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser("python -m scripts.study", description=__doc__, formatter_class=plain)
+    words: dict[str, Any] = {"description": __doc__, "epilog": "\n".join(study_file())}
+    parser = argparse.ArgumentParser("python -m scripts.study", formatter_class=plain, **words)
     actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
     instead = "instead of what the study file says"
     for name, what in ACTIONS.items():
@@ -68,6 +70,17 @@ def command_line() -> argparse.ArgumentParser:
             action.add_argument("--processes", metavar="N", help=f"processes of each run, by torchrun; {instead}")
     add_judge(actions, plain)
     return parser
+
+
+def study_file() -> list[str]:
+    """Every key of a study file with its default and doc, and an example for each search."""
+    lines = ["a study file:"]
+    for name, field in keys().items():
+        default = "" if field.is_required() else default_text(field)
+        lines += [f"  {name}: {default}   ({type_text(field)})", *doc_lines(field)]
+    for search, example in EXAMPLES.items():
+        lines += ["", f"{search}, for example:", "", *(f"  {line}" for line in example.splitlines())]
+    return lines
 
 
 def main(arguments: list[str]) -> int:

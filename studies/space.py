@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic.fields import FieldInfo
 
 from command_line import Draft, load_yaml
 from config import BadInput, Config, Section
@@ -103,6 +104,39 @@ class Scale(Section):
         if value and (sorted(set(value)) != value or len(value) < 2):
             raise ValueError("must be at least two values, ascending")
         return value
+
+
+EXAMPLES = {
+    "grid": """\
+name: dropout_x_weight_decay
+base: configs/scarce_data.yaml
+search: grid
+space: {weight_decay: [0.1, 1], residual_dropout: [0, 0.1, 0.2]}
+baseline: {weight_decay: 0.1}
+""",
+    "list": """\
+name: three_ideas
+base: [configs/scarce_data.yaml, mine.yaml]
+search: list
+space:
+  - {weight_decay: 1}
+  - {ema_decay: 0.999, name: averaged}
+  - {label_smoothing: 0.1, model.d_model: 96}
+seeds: 3
+metric: best val/loss
+""",
+    "tpe": """\
+name: how_much_dropout
+base: {data: {tokenizer: byte}, model: {d_model: 64}, training: {max_steps: 400}}
+search: tpe
+space:
+  residual_dropout: {min: 0, max: 0.5}
+  weight_decay: {min: 0.01, max: 3, log: true}
+  training.global_batch_size: [8, 16]
+trials: 20
+tune: null
+""",
+}
 
 
 class Study(Section):
@@ -395,6 +429,12 @@ class Study(Section):
             if path.parent.name == f"{name_of(knobs)}-seed{self.seeds[0]}":
                 found.append(Point(name_of(knobs), knobs))
         return found
+
+
+def keys() -> dict[str, FieldInfo]:
+    """Every key of a study file by its name, those of ``scale`` with it before them."""
+    own = {name: field for name, field in Study.model_fields.items() if name != "scale"}
+    return own | {f"scale.{name}": field for name, field in Scale.model_fields.items()}
 
 
 def read_study(path: str, **changes: str | None) -> Study:

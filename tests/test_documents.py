@@ -19,14 +19,17 @@ ARCHITECTURE = (ROOT / "docs/architecture.md").read_text(encoding="utf-8")
 FORMATS = (ROOT / "docs/formats.md").read_text(encoding="utf-8")
 
 
-def test_the_table_of_regularizers_is_that_of_the_config() -> None:
-    page = document.PAGE.read_text(encoding="utf-8")
-    assert document.with_table(page) == page, "docs/regularizers.md is out of date: python -m scripts.document"
+@pytest.mark.parametrize("name", list(document.PAGES))
+def test_the_tables_are_those_of_the_code(name: str) -> None:
+    page = (document.DOCS / name).read_text(encoding="utf-8")
+    assert document.with_table(name) == page, f"docs/{name} is out of date: python -m scripts.document"
 
 
-def test_a_page_without_marks_is_refused() -> None:
+def test_a_page_without_marks_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "regularizers.md").write_text("# Regularizers\n")
+    monkeypatch.setattr(document, "DOCS", tmp_path)
     with pytest.raises(BadInput, match="lacks the marks"):
-        document.with_table("# Regularizers\n")
+        document.with_table("regularizers.md")
 
 
 def documented(header: str) -> set[str]:

@@ -15,7 +15,7 @@ from conftest import ROOT
 
 from command_line import parse
 from config import BadInput, Regularizers
-from studies.space import Point, Study, read_study
+from studies.space import EXAMPLES, Point, Study, keys, read_study
 from studies.sweep import sweep_yaml
 from studies.worker import flags
 
@@ -54,6 +54,25 @@ def test_a_list_is_its_points_under_their_names() -> None:
     clash = [{"name": "a", "weight_decay": 3}, {"name": "a", "weight_decay": 2}]
     with pytest.raises(BadInput, match="two points are named 'a'"):
         study(search="list", space=clash).points()
+
+
+@pytest.mark.parametrize("search", list(EXAMPLES))
+def test_the_examples_are_studies(search: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "study.yaml").write_text(EXAMPLES[search])
+    (tmp_path / "mine.yaml").write_text("training: {max_steps: 5}\n")
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    monkeypatch.chdir(tmp_path)
+    example = read_study("study.yaml")
+    assert example.search == search and (search == "tpe" or len(example.points()) > 3)
+    assert all(example.config(point, 0) for point in example.points())
+
+
+def test_help_teaches_every_key_of_a_study_file() -> None:
+    asked = subprocess.run([sys.executable, "-m", "scripts.study", "-h"], cwd=ROOT, capture_output=True, text=True)
+    for name, field in keys().items():
+        assert f"\n  {name}: " in asked.stdout and field.description
+        assert " ".join(field.description.split()) in " ".join(asked.stdout.split())
+    assert all(line in asked.stdout for example in EXAMPLES.values() for line in example.splitlines())
 
 
 def test_the_config_of_a_run() -> None:

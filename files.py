@@ -13,6 +13,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
+UMASK = os.umask(0)  # which can only be read by setting it
+os.umask(UMASK)
 BLOCK = 2**18  # bytes that are read at once to compare one of them with the manifest
 
 
@@ -34,6 +36,11 @@ def sync(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def give_usual_mode(path: Path) -> None:
+    """Let others read a file as they may read any new one: safetensors makes files for their owner alone."""
+    os.chmod(path, 0o666 & ~UMASK)
 
 
 @contextmanager

@@ -9,6 +9,7 @@ import atexit
 import ctypes
 import errno
 import os
+import re
 import signal
 import sys
 import time
@@ -85,6 +86,11 @@ class Patient:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.stream, name)
+
+
+def shown(text: str) -> str:
+    """``text`` for a terminal, which must not obey what a model wrote: control characters as Python writes them."""
+    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", lambda found: repr(found[0])[1:-1], text)
 
 
 def import_torch() -> None:

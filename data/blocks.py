@@ -112,5 +112,6 @@ def save(tensors: dict[str, np.ndarray], path: Path) -> None:
     """Write a safetensors file; raises OSError where the library raises an error of its own, as on a full disk."""
     try:
         save_file(tensors, path)
+        files.give_usual_mode(path)
     except SafetensorError as problem:
         raise OSError(str(problem)) from problem

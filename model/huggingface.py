@@ -23,7 +23,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from config import BadInput, Model
-from files import write_json
+from files import give_usual_mode, write_json
 from model.gpt import AUXILIARY, GPT
 from model.huggingface_config import ARCHITECTURES, config_json, model_from_config_json
 from randomness import torch_generator
@@ -168,6 +168,7 @@ def write_directory(model: GPT, tokenizer_file: Path, directory: Path, end_of_te
     shutil.copyfile(tokenizer_file, directory / "tokenizer.json")
     tensors = {name: tensor.cpu() for name, tensor in to_huggingface(model).items()}
     save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+    give_usual_mode(directory / "model.safetensors")
 
 
 def read_directory(path: str | Path) -> tuple[Model, int, dict[str, Tensor]]:

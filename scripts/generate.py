@@ -7,9 +7,10 @@ python -m scripts.generate runs/seeds/ensemble.json --prompt 'import os'
 from __future__ import annotations
 
 import argparse
+import sys
 
 from config import BadInput
-from program import FINISHED, run
+from program import FINISHED, run, shown
 
 
 def main(arguments: list[str]) -> int:
@@ -45,7 +46,8 @@ def main(arguments: list[str]) -> int:
     for index in range(options.samples):
         if options.samples > 1:
             print(f"--- sample {index + 1} of {options.samples}")
-        print(sample_text(*begin, *drawing, index), flush=True)
+        text = sample_text(*begin, *drawing, index)
+        print(shown(text) if sys.stdout.isatty() else text, flush=True)
     return FINISHED
 
 

@@ -21,7 +21,7 @@ from conftest import ROOT, WITH_PARAMETERS, made_up_text
 
 from command_line import parse
 from hardware import Hardware
-from program import exit_code
+from program import exit_code, shown
 from tracking.metrics import read_metrics
 from train import main
 from training.checkpoint import existing, read_state
@@ -128,6 +128,18 @@ def test_asked_to_stop_it_saves_and_goes_on_the_same(
     assert read_state(existing(run / "checkpoints")[0])["step"] == summary["steps"]
     assert train(flags).returncode == 0
     assert weights(run) == weights(reference) and numbers(run) == numbers(reference)
+
+
+def test_others_may_read_what_a_run_writes_as_they_may_read_any_file(reference: Path) -> None:
+    usual = reference.parent / "usual"
+    usual.touch()
+    modes = {path.name: oct(path.stat().st_mode) for path in reference.rglob("*") if path.is_file()}
+    assert set(modes.values()) == {oct(usual.stat().st_mode)}, modes
+
+
+def test_a_terminal_does_not_obey_a_sample() -> None:
+    """Bell, escape and the like are shown; tabs, lines and letters of any script stay."""
+    assert shown("a\x07\x1b[2J\x9b0m\tb\né 日 \x7f\r") == r"a\x07\x1b[2J\x9b0m" + "\tb\né 日 " + r"\x7f\r"
 
 
 def test_watching_changes_no_weight(reference: Path, train: Train, tiny: Flags, tmp_path: Path) -> None:

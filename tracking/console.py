@@ -10,6 +10,7 @@ from typing import Any
 from tqdm import tqdm
 
 from config import Config
+from program import shown
 
 SECONDS_BETWEEN_LINES = 5.0
 SHOWN = {"train/loss": "train", "val/loss": "val", "val_average/loss": "average", "val/bits_per_byte": "bits/byte"}
@@ -90,7 +91,7 @@ def tell_results(
     if "best/val/loss" in summary and summary["status"] != "preempted":
         samples = [record["sample"] for record in records if "sample" in record]
         if samples:
-            print("\n".join(["", "sample", *(f"  | {line}" for line in samples[-1].splitlines())]))
+            print("\n".join(["", "sample", *(f"  | {line}" for line in shown(samples[-1]).split("\n"))]))
         print()
         tell_loss("best val loss", summary, "best/val/", f"at step {summary['best/step']}")
         if "test/loss" in summary:

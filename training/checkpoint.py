@@ -126,6 +126,7 @@ def _write_file(directory: Path, name: str, contents: dict[str, Tensor]) -> None
     on_cpu = {key: value.detach().cpu().contiguous() for key, value in contents.items()}
     begun = directory / f"{name}.begun"  # who waits for the file must not find half of it
     save_file(on_cpu, begun, metadata={"format": "pt"})
+    files.give_usual_mode(begun)
     os.rename(begun, directory / f"{name}.safetensors")
 
 

@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationIn
 
 Rate = Annotated[float, Field(ge=0, lt=1)]
 Count = Annotated[int, Field(ge=1)]
+LEAST_SHARE = 1e-4  # of a source in a mixture
 # [fraction of the run, value] pairs, joined by straight lines: the first step is at fraction 0, the last one at 1.
 Points = list[tuple[Annotated[float, Field(ge=0, le=1)], Annotated[float, Field(ge=0)]]]
 
@@ -124,6 +125,19 @@ class Run(Section):
         return self
 
 
+class Source(Section):
+    """One text of a mixture."""
+
+    path: str = Field(min_length=1)
+    """As data.path."""
+    weight: float = Field(1.0, gt=0)
+    """Of all windows it gives this share, over the sum of all weights."""
+    epochs: float | None = Field(None, gt=0)
+    """After so many passes it is left out, and the others share its weight. null: it is read as often as it takes."""
+    name: str | None = Field(None, pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$", max_length=40)
+    """What its numbers are called, as in val/NAME/loss. null: the last word of the path that says something."""
+
+
 class Data(Section):
     """The text, its tokens, and the order in which they are seen."""
 
@@ -135,6 +149,9 @@ class Data(Section):
     """A file or a glob such as 'books/*.txt' (text; .jsonl, .json, .csv, .tsv and .parquet have fields; .gz, .bz2, .xz
     or .zst may follow), an address (s3://, gs://, hf://, https://), a dataset's name or directory, or a corpus that is
     prepared already, such as corpora/books-0123456789ab, whose text is not needed any more."""
+    sources: list[Source] = []
+    """A mixture, in place of data.path: [{path: a, weight: 0.7}, {path: b, weight: 0.3, epochs: 4, name: b}]. Windows
+    of all are interleaved by weight; all other knobs of data hold for each. A bpe is trained on all together."""
     subset: str | None = None
     """huggingface: the dataset's configuration."""
     source_split: str = "train"
@@ -185,6 +202,14 @@ class Data(Section):
     def _consistent(self) -> Data:
         if self.corpus == "stdlib" and self.path:
             raise ValueError(f"data.corpus=stdlib reads no data.path, and it is {self.path}; leave one of them out")
+        if self.sources:
+            least = min(source.weight for source in self.sources) / sum(source.weight for source in self.sources)
+            if self.path or self.corpus != "auto":
+                raise ValueError("data.sources takes the place of data.path; leave that out, and data.corpus at auto")
+            if least < LEAST_SHARE:
+                raise ValueError(
+                    f"data.sources: a share of {least:g} of all windows is below {LEAST_SHARE:g}; leave that source out"
+                )
         if self.corpus not in ("auto", "stdlib") and not self.path:
             what = "files or a glob" if self.corpus == "text" else "the dataset's name"
             raise ValueError(f"data.corpus={self.corpus} needs data.path ({what})")

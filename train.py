@@ -52,8 +52,7 @@ def main(arguments: list[str]) -> int:
 def train(config: Config, hardware: Hardware) -> int:
     """Prepare, then step after step until the run is done, told to stop, or fails; returns the exit code."""
     from data.loader import TrainingLoader
-    from data.prepare import prepare
-    from data.shards import Corpus
+    from data.mixtures import open_data
     from evaluation.diagnosis import diagnose
     from evaluation.judge import Judge
     from hardware import resolve_compile
@@ -71,10 +70,10 @@ def train(config: Config, hardware: Hardware) -> int:
             return run.tell_again(lambda records: diagnose(records, config).text())
 
         # One process prepares the corpus, if it is not there yet; then the others open it.
-        corpus = main_first(hardware, lambda main: Corpus.open(prepare(config.data, quiet=not main), verify=main))
+        corpus = main_first(hardware, lambda main: open_data(config.data, quiet=not main, verify=main))
         config = run.settled(corpus)
         sizes = config.model.context_length, config.training.global_batch_size
-        loader = TrainingLoader(corpus.split("train"), config.data, config.run.seed, *sizes)
+        loader = TrainingLoader(corpus.portions("train"), config.data, config.run.seed, *sizes)
         plan = Plan.of(config, loader)
 
         model = build(config, hardware, corpus.vocab_size, plan.total_steps)
@@ -82,7 +81,7 @@ def train(config: Config, hardware: Hardware) -> int:
         hardware = resolve_compile(hardware, config, run.before.get("hardware", {}), *sizes)
         teachers = run.teachers(corpus)
         learner = Learner(model, config, hardware, plan.total_steps, loader.steps_per_epoch, teachers)
-        judge = Judge(corpus, loader.split, config)
+        judge = Judge(corpus, loader.splits, config)
         progress = run.resume(learner, corpus)
 
         with StopSignals() as signals, watched(learner, run.failed), run.profiled() as step_is_done:
@@ -92,7 +91,7 @@ def train(config: Config, hardware: Hardware) -> int:
                 config.training.micro_size,
                 hardware.device,
             )
-            run.begin(progress, learner, corpus, plan, loader.split.n_tokens)
+            run.begin(progress, learner, corpus, plan, loader)
             while not progress.over(plan):
                 result = training_step(learner, batches, progress.step, signals, progress.loss_scale, run.saver.due)
                 step_is_done()

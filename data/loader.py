@@ -42,7 +42,8 @@ import torch
 
 from config import BadInput, Data
 from data.permutation import Permutation, mix
-from data.shards import Split
+from data.shards import Portion, Split
+from data.turns import Turns
 from hardware import moved
 from randomness import numpy_generator
 
@@ -158,19 +159,17 @@ class Epoch:
     stream: Split | Shuffled
 
 
-class TrainingLoader:
-    """The endless samples of a training split, as the essay above tells. Holds no state but small caches.
+class Samples:
+    """The endless samples of one training split, as the essay above tells. Holds no state but small caches.
 
     Raises BadInput if the split (its first data.train_tokens tokens, if that is set) is shorter than one window.
     """
 
-    def __init__(self, split: Split, config: Data, seed: int, context_length: int, global_batch_size: int) -> None:
+    def __init__(self, split: Split, config: Data, seed: int, context_length: int) -> None:
         self.split = split.head(config.train_tokens or split.n_tokens)
         self.shuffle_documents = config.shuffle == "documents"
-        self.isolate_documents = config.isolate_documents
         self.seed = seed
         self.context_length = context_length
-        self.global_batch_size = global_batch_size
         n = self.split.n_tokens
         if n < context_length + 1:
             limit = f"; data.train_tokens is {config.train_tokens}" if config.train_tokens else ""
@@ -179,9 +178,63 @@ class TrainingLoader:
                 f"(model.context_length + 1){limit}: give more text, or lower model.context_length"
             )
         self.windows_per_epoch = max(1, (n - 1) // context_length - 1)
-        self.steps_per_epoch = self.windows_per_epoch / global_batch_size
         self._epoch = lru_cache(maxsize=2)(self._draw_epoch)
         self._windows = lru_cache(maxsize=4)(self._order_windows)
+
+    def sample(self, number: int) -> tuple[Split | Shuffled, int, int]:
+        """Sample ``number``: the stream, where its window begins there, and its id."""
+        epoch_number, index = divmod(number, self.windows_per_epoch)
+        epoch = self._epoch(epoch_number)
+        window = int(self._windows(epoch_number, index // CHUNK)[index % CHUNK])
+        return epoch.stream, epoch.offset + window * self.context_length, epoch_number * self.windows_per_epoch + window
+
+    def _draw_epoch(self, number: int) -> Epoch:
+        split = self.split
+        slack = split.n_tokens - 1 - self.windows_per_epoch * self.context_length
+        offsets = min(self.context_length, slack + 1)
+        offset = int(numpy_generator(self.seed, "data offset", number).integers(offsets))
+        order = Permutation.draw(self.windows_per_epoch, self.seed, "data order", number)
+        return Epoch(offset, order, Shuffled(split, self.seed, number) if self.shuffle_documents else split)
+
+    def _order_windows(self, epoch_number: int, chunk: int) -> np.ndarray:
+        """A CHUNK of an epoch's order: many windows at once cost little more than one."""
+        places = np.arange(chunk * CHUNK, min((chunk + 1) * CHUNK, self.windows_per_epoch))
+        return self._epoch(epoch_number).order(places)
+
+
+class TrainingLoader:
+    """The batches of a training split, or of the portions of a mixture, whose samples are interleaved.
+
+    In a mixture sample i is the next of the source whose turn it is (see turns.py), and has the id
+    id of the source's own sample * number of sources + number of the source. An epoch is as many windows as all sources
+    have together. ``splits`` are the parts of the splits that are trained on, ``n_tokens`` is how many tokens they are.
+
+    Raises BadInput if a split (its first data.train_tokens tokens, if that is set) is shorter than one window.
+    """
+
+    def __init__(
+        self, text: Split | Sequence[Portion], config: Data, seed: int, context_length: int, global_batch_size: int
+    ) -> None:
+        splits = [text] if isinstance(text, Split) else [portion.split for portion in text]
+        self.sources = [Samples(split, config, seed, context_length) for split in splits]
+        self.isolate_documents = config.isolate_documents
+        self.context_length = context_length
+        self.global_batch_size = global_batch_size
+        self.splits = [samples.split for samples in self.sources]
+        self.n_tokens = sum(split.n_tokens for split in self.splits)
+        self.windows_per_epoch = sum(samples.windows_per_epoch for samples in self.sources)
+        self.steps_per_epoch = self.windows_per_epoch / global_batch_size
+        shares = [(1.0, None)] if isinstance(text, Split) else [(portion.weight, portion.epochs) for portion in text]
+        limits = [
+            None if epochs is None else max(1, round(epochs * samples.windows_per_epoch))
+            for samples, (_, epochs) in zip(self.sources, shares, strict=True)
+        ]
+        self.turns = Turns([weight for weight, _ in shares], limits)
+
+    def windows_read(self, steps: int) -> list[int]:
+        """How many windows of each source are read in so many steps."""
+        given: list[int] = self.turns.given_before(steps * self.global_batch_size).tolist()
+        return given
 
     def epoch_at(self, step: int) -> float:
         """Passes over the data that are complete before ``step``."""
@@ -197,29 +250,24 @@ class TrainingLoader:
             raise IndexError(f"sequences {first}..{first + count} of step {step}: a step has {self.global_batch_size}")
         windows, ids = [], []
         for sample in range(step * self.global_batch_size + first, step * self.global_batch_size + first + count):
-            epoch_number, index = divmod(sample, self.windows_per_epoch)
-            epoch = self._epoch(epoch_number)
-            window = int(self._windows(epoch_number, index // CHUNK)[index % CHUNK])
-            windows.append((epoch.stream, epoch.offset + window * self.context_length))
-            ids.append(epoch_number * self.windows_per_epoch + window)
+            source, number = self.turns(sample)
+            stream, begin, own_id = self.sources[source].sample(number)
+            windows.append((stream, begin))
+            ids.append(own_id * len(self.sources) + source)
         return make_batch(windows, self.context_length, ids, self.isolate_documents)
 
-    def batches(self, steps: Iterable[int], micro_batches: Iterable[int], size: int, device: torch.device) -> Batches:
-        """Of one step after the other these micro-batches, of ``size`` sequences each, on ``device``."""
+    def batches(self, steps: Sequence[int], micro_batches: Iterable[int], size: int, device: torch.device) -> Batches:
+        """Of one step after the other these micro-batches, of ``size`` sequences each, on ``device``.
+
+        Raises BadInput if all sources are used up before the last of the steps.
+        """
+        last, length = steps[-1] if steps else 0, self.turns.length
+        if length is not None and last * self.global_batch_size >= length:
+            raise BadInput(
+                f"the run is to have {last + 1:,} steps, and after {-(-length // self.global_batch_size):,} all "
+                "data.sources are read as often as their epochs say; make it shorter, or leave epochs out of one"
+            )
         return Batches((self.batch(step, index * size, size) for step in steps for index in micro_batches), device)
-
-    def _draw_epoch(self, number: int) -> Epoch:
-        split = self.split
-        slack = split.n_tokens - 1 - self.windows_per_epoch * self.context_length
-        offsets = min(self.context_length, slack + 1)
-        offset = int(numpy_generator(self.seed, "data offset", number).integers(offsets))
-        order = Permutation.draw(self.windows_per_epoch, self.seed, "data order", number)
-        return Epoch(offset, order, Shuffled(split, self.seed, number) if self.shuffle_documents else split)
-
-    def _order_windows(self, epoch_number: int, chunk: int) -> np.ndarray:
-        """A CHUNK of an epoch's order: many windows at once cost little more than one."""
-        places = np.arange(chunk * CHUNK, min((chunk + 1) * CHUNK, self.windows_per_epoch))
-        return self._epoch(epoch_number).order(places)
 
 
 class Batches:

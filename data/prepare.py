@@ -23,9 +23,9 @@ import shutil
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
-from itertools import pairwise
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -294,17 +294,18 @@ def make_tokenizer(splits: Splits, config: Data, quiet: bool) -> tuple[Tokenizer
         return tokenizer, end_of_text(tokenizer), None
     if config.tokenizer != "bpe":
         return *load_tokenizer(config.tokenizer), None
-    tokenizer, trained_on = train_on_sample(splits, config.vocab_size, config.tokenizer_sample, quiet)
+    tokenizer, trained_on = train_on_sample([splits], config.vocab_size, config.tokenizer_sample, quiet)
     return tokenizer, end_of_text(tokenizer), trained_on
 
 
-def train_on_sample(splits: Splits, vocab_size: int, limit: int, quiet: bool) -> tuple[Tokenizer, int]:
-    """A bpe trained on ``limit`` characters of the training split, or all if there are fewer, and their number."""
-    n_bytes = splits.source.n_bytes
+def train_on_sample(sources: Sequence[Splits], vocab_size: int, limit: int, quiet: bool) -> tuple[Tokenizer, int]:
+    """A bpe trained on ``limit`` characters of the training splits, or all if there are fewer, and their number."""
+    sizes = [splits.source.n_bytes for splits in sources]
+    n_bytes = None if None in sizes else sum(size or 0 for size in sizes)
     total = taken = seen = 0
 
     def training_texts() -> Iterator[str]:
-        for name, piece in splits.texts():
+        for name, piece in chain.from_iterable(splits.texts() for splits in sources):
             bar.update(len(piece.text))
             if name == "train":
                 yield from (part.text for part in cut([(piece.text, True)], TRAINING_PIECE))

@@ -26,7 +26,7 @@ from safetensors import SafetensorError, safe_open
 from tokenizers import Tokenizer
 
 import files
-from config import BadInput, all_errors
+from config import BadInput, Source, all_errors
 from data.tokenizers import plain, vocabulary_size
 
 Count = Annotated[int, Field(ge=0)]
@@ -263,6 +263,9 @@ class Corpus:
     fingerprint: str
     vocab_size: int
     end_of_text: int
+    sources: tuple[tuple[Source, Corpus], ...] = ()
+    """Of a mixture each source and its corpus. The directory and the manifest are then those of the first: what is
+    asked of them is the tokenizer, and that is the same in all."""
 
     @classmethod
     def open(cls, directory: Path | str, verify: bool = True) -> Corpus:
@@ -316,7 +319,13 @@ class Corpus:
         return len(self.tokenizer().decode(split.read(0, n_tokens).tolist()).encode()) / (n_tokens - 1)
 
     def split(self, name: str) -> Split:
-        """The split "train", "val" or "test", of which nothing is read yet; raises BadInput if there is none."""
+        """The split "train", "val" or "test", of which nothing is read yet; raises BadInput if there is none.
+
+        Of a mixture there is no such thing: ``portions`` has its splits.
+        """
+        if self.sources:
+            names = ", ".join(str(source.name) for source, _ in self.sources)
+            raise BadInput(f"this cannot be done with a mixture ({names}) yet; take a run of one corpus")
         if name not in self.manifest["splits"]:
             there = ", ".join(self.manifest["splits"])
             raise BadInput(f"{self.directory} has no {name} split, only {there}; see data.{name}_fraction")
@@ -327,6 +336,34 @@ class Corpus:
             shards.append(Shard(file.path, *place, Part(file, "tokens"), Part(file, "document_starts")))
             first, document = first + shard["tokens"], document + shard["documents"]
         return Split(name, tuple(shards), first, entry["bytes"], self.vocab_size)
+
+    @property
+    def split_names(self) -> list[str]:
+        """The splits that there are; in a mixture those that any source has."""
+        corpora = [corpus for _, corpus in self.sources] or [self]
+        return sorted({name for corpus in corpora for name in corpus.manifest["splits"]})
+
+    def portions(self, name: str) -> list[Portion]:
+        """The split ``name`` of each source of a mixture, or of this corpus, whose source has no name then.
+
+        Sources without a test split are left out of "test" if others have one. Raises BadInput as ``split`` does.
+        """
+        return [
+            Portion(corpus, corpus.split(name), *((source.name, source.weight, source.epochs) if source else ()))
+            for source, corpus in self.sources or ((None, self),)
+            if name != "test" or name in corpus.manifest["splits"] or name not in self.split_names
+        ]
+
+
+@dataclass(frozen=True)
+class Portion:
+    """A split of one source: what it gives to a mixture. A corpus by itself is the only source, and has no name."""
+
+    corpus: Corpus
+    split: Split
+    name: str | None = None
+    weight: float = 1.0
+    epochs: float | None = None
 
 
 def check_file(directory: Path, entry: dict[str, Any], verify: bool) -> None:

@@ -6,14 +6,16 @@ Sums are kept in float64, on the device until the end, and reduced over the proc
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from statistics import fmean
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from data.loader import Batch, EvaluationBatches
+from data.shards import Portion, Split
 from hardware import Hardware
 from model.gpt import GPT
 from training.processes import total
@@ -91,7 +93,57 @@ class Sums:
         return metrics, calibration
 
 
-@torch.no_grad()
+@dataclass(frozen=True)
+class Part:
+    """What of a source is evaluated: its batches, and the UTF-8 bytes of text per target. A lone corpus has no name."""
+
+    name: str | None
+    batches: EvaluationBatches
+    bytes_per_token: float
+
+
+def parts_of(
+    portions: Sequence[Portion], batches: Callable[[Split, int | None], EvaluationBatches], max_tokens: int | None
+) -> list[Part]:
+    """Of each portion all, or of all together ``max_tokens`` tokens, the first of each, in proportion to its size.
+
+    ``batches`` makes those of a split and of how many of its tokens.
+    """
+    there, parts = sum(portion.split.n_tokens for portion in portions), []
+    for portion in portions:
+        limit = max_tokens and max(2, max_tokens * portion.split.n_tokens // there)
+        bytes_per_token = portion.corpus.bytes_per_token(portion.split, limit)
+        parts.append(Part(portion.name, batches(portion.split, limit), bytes_per_token))
+    return parts
+
+
+def evaluate_parts(
+    model: GPT,
+    parts: Sequence[Part],
+    hardware: Hardware,
+    title: str = "evaluating",
+    forward: Callable[..., Tensor] | None = None,
+) -> tuple[dict[str, float], Calibration]:
+    """What ``evaluate`` returns of all parts together, where each target counts alike, and as NAME/loss of each part.
+
+    So it does not depend on the weights of a mixture.
+    """
+    sums = [sums_of(model, part.batches, hardware, title, forward) for part in parts]
+    whole, bytes_per_token = sums[0], parts[0].bytes_per_token
+    if len(parts) > 1:
+        whole = Sums(hardware.device)
+        whole.totals = torch.stack([one.totals for one in sums]).sum(0)
+        whole.bins = torch.stack([one.bins for one in sums]).sum(0)
+        targets = [part.batches.n_targets for part in parts]
+        bytes_per_token = fmean([part.bytes_per_token for part in parts], targets)
+    metrics, calibration = whole.metrics(hardware, bytes_per_token)
+    for part, one in zip(parts, sums, strict=True):
+        if part.name is not None:
+            scores, _ = one.metrics(hardware, part.bytes_per_token)
+            metrics |= {f"{part.name}/{name}": value for name, value in scores.items()}
+    return metrics, calibration
+
+
 def evaluate(
     model: GPT,
     batches: EvaluationBatches,
@@ -109,6 +161,14 @@ def evaluate(
     Each process makes as many forward passes as any other, for with sharded weights all take part in each: one that has
     a batch less reads the last one again and counts nothing of it.
     """
+    return sums_of(model, batches, hardware, title, forward).metrics(hardware, bytes_per_token)
+
+
+@torch.no_grad()
+def sums_of(
+    model: GPT, batches: EvaluationBatches, hardware: Hardware, title: str, forward: Callable[..., Tensor] | None
+) -> Sums:
+    """What this process's share of the batches adds up to, as ``evaluate`` tells."""
     training, sums = model.training, Sums(hardware.device)
     model.eval()
     rounds = range(0, len(batches), hardware.world)
@@ -125,7 +185,7 @@ def evaluate(
             for hidden_RD, target_R in in_chunks(hidden_ND, batch.targets_BT.flatten(), len(weight_VD)):
                 sums.add_logits((hidden_RD @ weight_VD.T).float(), target_R)
     model.train(training)
-    return sums.metrics(hardware, bytes_per_token)
+    return sums
 
 
 def hidden_states(forward: Callable[..., Tensor], batch: Batch, hardware: Hardware) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from config import Config
 from data.loader import EvaluationBatches
 from data.shards import Corpus, Split
 from evaluation.diagnosis import diagnose
-from evaluation.evaluate import Calibration, evaluate
+from evaluation.evaluate import Calibration, Part, evaluate_parts, parts_of
 from files import write_text
 from model.generate import sample_text
 from program import warn
@@ -34,21 +35,22 @@ class Judge:
 
     Args:
         corpus: its val and test splits are judged by.
-        trained: the training text; of it as much as of val is evaluated, for the gap.
+        trained: the training text of each source; of it as much as of its val is evaluated, for the gap.
         config: that of the run.
     """
 
-    def __init__(self, corpus: Corpus, trained: Split, config: Config) -> None:
+    def __init__(self, corpus: Corpus, trained: list[Split], config: Config) -> None:
         self.corpus, self.config = corpus, config
-        val, limit = corpus.split("val"), config.evaluation.max_tokens
-        self.val_batches = self._batches(val, limit)
-        self.gap_batches = self._batches(trained, min(limit or val.n_tokens, val.n_tokens))
-        self.bytes_per_token = corpus.bytes_per_token(val, limit)
+        self.val = parts_of(corpus.portions("val"), self._batches, config.evaluation.max_tokens)
+        self.gap = [
+            replace(part, name=None, batches=self._batches(split, part.batches.split.n_tokens))
+            for part, split in zip(self.val, trained, strict=True)
+        ]
         self.tokenizer = corpus.tokenizer()
         self.calibration: Calibration | None = None  # of the last evaluation
         self.drawn = time.monotonic()
 
-    def _batches(self, split: Split, max_tokens: int | None = None) -> EvaluationBatches:
+    def _batches(self, split: Split, max_tokens: int | None) -> EvaluationBatches:
         config = self.config
         return EvaluationBatches(
             split, config.model.context_length, config.evaluation_batch_size, max_tokens, config.data.isolate_documents
@@ -58,12 +60,12 @@ class Judge:
         """Evaluate the weights after ``step`` steps, and their average when there is one."""
         inject_fault("evaluate", step)
         model = learner.model
-        scores, calibration = self._evaluate(learner, self.val_batches)
+        scores, calibration = self._evaluate(learner, self.val)
         record: dict[str, Any] = {f"val/{name}": value for name, value in scores.items()}
-        record["gap/loss"] = scores["loss"] - self._evaluate(learner, self.gap_batches)[0]["loss"]
+        record["gap/loss"] = scores["loss"] - self._evaluate(learner, self.gap)[0]["loss"]
         if learner.average.count(step):
             with learner.averaged():
-                scores, calibration = self._evaluate(learner, self.val_batches)
+                scores, calibration = self._evaluate(learner, self.val)
             record |= {f"val_average/{name}": value for name, value in scores.items()}
         if self.config.evaluation.sample_tokens:  # on every process: with sharded weights all take part in a pass
             tokens, seed = self.config.evaluation.sample_tokens, self.config.run.seed
@@ -74,20 +76,16 @@ class Judge:
         self.calibration = calibration
         return Judgement(record, scores)
 
-    def _evaluate(
-        self, learner: Learner, batches: EvaluationBatches, bytes_per_token: float | None = None
-    ) -> tuple[dict[str, float], Calibration]:
-        bytes_per_token = bytes_per_token or self.bytes_per_token
-        return evaluate(learner.model, batches, learner.hardware, bytes_per_token, forward=learner.forward)
+    def _evaluate(self, learner: Learner, parts: list[Part]) -> tuple[dict[str, float], Calibration]:
+        return evaluate_parts(learner.model, parts, learner.hardware, forward=learner.forward)
 
     def test(self, learner: Learner, checkpoint: Path | None) -> dict[str, float]:
         """The scores of a verified checkpoint's best weights on the test split; empty where there is none of either."""
-        if checkpoint is None or "test" not in self.corpus.manifest["splits"]:
+        if checkpoint is None or "test" not in self.corpus.split_names:
             return {}
         best = "average" if has_average(checkpoint) else "model"
         learner.load_weights(each_tensor(checkpoint, best), checkpoint)
-        split = self.corpus.split("test")
-        return self._evaluate(learner, self._batches(split), self.corpus.bytes_per_token(split))[0]
+        return self._evaluate(learner, parts_of(self.corpus.portions("test"), self._batches, None))[0]
 
     def draw(self, run: Run, only_if_due: bool = False) -> None:
         """The curves, the reliability diagram and the samples of the run, all made anew, if the disk has room.

@@ -18,7 +18,7 @@ from config import BadInput
 from program import FINISHED, run
 
 if TYPE_CHECKING:
-    from data.shards import Corpus
+    from data.shards import Corpus, Split
 
 OOD_SAMPLES = 10  # of MC-dropout when --ood is given without --mc_samples
 
@@ -33,7 +33,7 @@ def evaluate_run(options: argparse.Namespace) -> int:
     """One run, or one checkpoint of it; returns the exit code."""
     import pictures
     from data.loader import EvaluationBatches
-    from evaluation.evaluate import evaluate
+    from evaluation.evaluate import evaluate_parts, parts_of
     from evaluation.uncertainty import foreign_split, mc_dropout, stochastic_modules
     from files import write_json
     from hardware import resolve
@@ -47,13 +47,19 @@ def evaluate_run(options: argparse.Namespace) -> int:
     hardware = resolve(where, read_summary(directory).get("hardware"))
     names = split_names(options.split, corpus)
     context, size, isolated = config.model.context_length, config.training.micro_size, config.data.isolate_documents
-    sizes = (context, size, options.max_tokens, isolated)
-    batches = {name: EvaluationBatches(corpus.split(name), *sizes) for name in names}
+
+    def batches_of(split: Split, limit: int | None) -> EvaluationBatches:
+        return EvaluationBatches(split, context, size, limit, isolated)
+
+    parts = {name: parts_of(corpus.portions(name), batches_of, options.max_tokens) for name in names}
+    if corpus.sources and options.mc_samples:
+        raise BadInput("--mc_samples and --ood cannot be had for a mixture yet; evaluate it without them")
+    batches = {name: part.batches for name, (part, *_) in parts.items()}
     if options.mc_samples:
         stochastic_modules(model)  # raises BadInput, as the reading of the text below does, before an hour of work
     if options.ood:
         foreign = foreign_split(options.ood, corpus, batches[names[0]].split.n_tokens)
-        batches["foreign"] = EvaluationBatches(foreign, *sizes)
+        batches["foreign"] = batches_of(foreign, options.max_tokens)
     kinds: list[Literal["model", "average"]] = ["model", "average"] if has_average(checkpoint) else ["model"]
     results: dict[str, Any] = {
         "checkpoint": checkpoint.name,
@@ -68,10 +74,7 @@ def evaluate_run(options: argparse.Namespace) -> int:
     for kind in kinds:
         model, _, _ = load_model(checkpoint, hardware.device, kind)
         for name in names:
-            bytes_per_token = corpus.bytes_per_token(corpus.split(name), options.max_tokens)
-            results[name][kind], calibrations[name] = evaluate(
-                model, batches[name], hardware, bytes_per_token, name + suffix[kind]
-            )
+            results[name][kind], calibrations[name] = evaluate_parts(model, parts[name], hardware, name + suffix[kind])
     columns = {name + suffix[kind]: results[name][kind] for kind in kinds for name in names}
     print(f"run               {directory}, checkpoint {checkpoint.name}\n\n{table(columns)}")
 
@@ -95,7 +98,7 @@ def split_names(asked: str, corpus: Corpus) -> list[str]:
     """The splits to evaluate: val and, where there is one, test, unless one is asked for."""
     if asked != "both":
         return [asked]
-    return [name for name in ("val", "test") if name == "val" or name in corpus.manifest["splits"]]
+    return [name for name in ("val", "test") if name == "val" or name in corpus.split_names]
 
 
 def evaluate_ensemble(options: argparse.Namespace) -> int:

@@ -28,21 +28,36 @@ def main(arguments: list[str]) -> None:
     config = parse(rest, description=__doc__ or "")
     job = None if options.shard is None else job_of(options.shard, options.merge)
 
-    from data.prepare import describe, prepare
-    from data.shards import Corpus
+    from data.mixtures import prepare_all
+    from data.prepare import prepare
 
     known = set(Path("corpora").glob("*"))
-    directory = prepare(config.data, job=job, merge=options.merge)
-    if not directory.is_dir():  # the other jobs are at work, or it is not put together yet
-        return
+    if job is None and not options.merge:
+        directories = prepare_all(config.data)
+    elif config.data.sources:
+        raise BadInput(
+            "--shard and --merge prepare one corpus; give data.path, source by source, and then data.sources"
+        )
+    else:
+        directories = [prepare(config.data, job=job, merge=options.merge)]
+    for directory in directories:
+        if directory.is_dir():  # else the other jobs are at work, or it is not put together yet
+            show(directory, new=directory not in known, verify=options.verify)
+
+
+def show(directory: Path, new: bool, verify: bool) -> None:
+    """Tell what a corpus holds, and compare all of it with its manifest if asked to."""
+    from data.prepare import describe
+    from data.shards import Corpus
+
     corpus = Corpus.open(directory)
     train = corpus.split("train")
     tokens = train.read(0, min(20, train.n_tokens)).tolist()
     tokenizer = corpus.tokenizer()
     words = " ".join(repr(tokenizer.decode([token], skip_special_tokens=False)) for token in tokens)
-    if directory in known:  # a new one has just been described
+    if not new:  # it has just been described
         print(describe(corpus.manifest), directory, sep="\n")
-    if options.verify:
+    if verify:
         corpus.verify()
         print("every byte is as the manifest says")
     print(f"hash of its contents: {corpus.fingerprint}")

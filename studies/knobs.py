@@ -72,6 +72,8 @@ def name_of(knobs: dict[str, Any], of: str | None = None) -> str:
 def _value_text(value: Any) -> str:
     if isinstance(value, list):
         return "+".join(map(_value_text, value))
+    if isinstance(value, dict):  # a source of a mixture: what is not given is not told
+        return ":".join(_value_text(part) for part in value.values() if part is not None)
     if value is None or isinstance(value, bool):
         return json.dumps(value)
     if isinstance(value, float):

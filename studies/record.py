@@ -15,8 +15,7 @@ from typing import Any
 
 import files
 from config import BadInput, Config
-from data.prepare import prepare
-from data.shards import Corpus
+from data.mixtures import open_data
 from program import warn
 from studies.decision import ALPHA
 from studies.design import Design
@@ -78,7 +77,7 @@ def read_looks(path: Path) -> dict[str, list[dict[str, Any]]]:
 
 def register(study: Study, file: Path) -> Path:
     """Write down what the study is to be."""
-    corpora = {Corpus.open(prepare(study.config(point, 0).data), verify=False).fingerprint for point in study.points()}
+    corpora = {open_data(study.config(point, 0).data, verify=False).fingerprint for point in study.points()}
     commit = git_commit()
     if commit.endswith("+"):
         warn(f"the code differs from commit {commit[:-1]}; committed first, the registration would say what it was")

@@ -10,7 +10,7 @@ from collections.abc import Callable
 import yaml
 
 from config import BadInput
-from data.prepare import prepare
+from data.mixtures import prepare_all
 from files import write_text
 from program import FAILED, FINISHED, PREEMPTED, warn
 from studies.crew import Crew
@@ -63,7 +63,7 @@ def begin(study: Study, pairs: list[tuple[Point, int]], stages: bool = False) ->
     sources = [study.config(point, 0).data for point in points.values()]
     check_runs(study, pairs)
     for data in {source.model_dump_json(): source for source in sources}.values():
-        prepare(data)  # once, not by every worker
+        prepare_all(data)  # once, not by every worker
     queue = Queue(study)
     file = study.directory / "study.yaml"
     shown, password = without_password(storage_url(study))

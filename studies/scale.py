@@ -22,8 +22,7 @@ from scipy import stats
 import files
 import pictures
 from config import BadInput
-from data.prepare import prepare
-from data.shards import Corpus
+from data.mixtures import open_data
 from program import FINISHED
 from randomness import numpy_generator
 from studies.findings import Findings, counted, find, short
@@ -246,7 +245,7 @@ def amounts(study: Study, baseline: Point) -> tuple[list[int], int]:
             "the base trains on all of its text; give the study file amounts of it, "
             "as in scale: {train_tokens: [100000, 200000, 400000]}, or the base data.train_tokens"
         )
-    there = Corpus.open(prepare(data), verify=False).manifest["splits"]["train"]["tokens"]
+    there = open_data(data, verify=False).split("train").n_tokens
     sizes = sorted({at, *(asked or [at // 4, at // 2, *([2 * at] if 2 * at <= there else [])])})
     if sizes[-1] > there:
         raise BadInput(f"the text has {there:,} training tokens, and {sizes[-1]:,} are asked for")

@@ -299,6 +299,11 @@ class Study(Section):
             found.append(f"what early stopping keeps is the best evaluation; use metric: best {self.metric}")
         if any(knob in UNITS for knob in varied) and self.metric != "val/bits_per_byte":
             found.append(f"{self.metric} is per token and the points differ in tokens; use metric: val/bits_per_byte")
+        configs = [self.config(point, 0).data.sources for point in self.checked_points[0]]
+        if len({tuple((source.path, source.name) for source in sources) for sources in configs}) > 1:
+            found.append(
+                f"the points have different data.sources, on which {self.metric} is measured; vary weights only"
+            )
         for knob in sorted(varied & MEASURED_ON):
             found.append(f"{knob} changes what {self.metric} is measured on; the points cannot be compared")
         return found

@@ -34,7 +34,7 @@ from tracking.run_directory import read_summary, update_summary
 
 # By train.py and by the pictures; the rest comes with these.
 IMPORTED_ON_THE_WAY = (
-    *("data.prepare", "evaluation.judge", "training.failures", "training.heartbeat"),
+    *("data.mixtures", "evaluation.judge", "training.failures", "training.heartbeat"),
     *("matplotlib.figure", "matplotlib.backends.backend_agg"),
 )
 STAGES = {
@@ -204,8 +204,7 @@ def gains_by_compiling(config: Config, threads: int, runs: int) -> bool:
     import torch
 
     from data.loader import TrainingLoader
-    from data.prepare import prepare
-    from data.shards import Corpus
+    from data.mixtures import open_data
     from hardware import Hardware, estimated_seconds, missing_for_compile, worth_compiling
     from model.gpt import GPT
     from training.progress import Plan
@@ -213,9 +212,9 @@ def gains_by_compiling(config: Config, threads: int, runs: int) -> bool:
     threads = threads if config.run.threads == "auto" else config.run.threads
     hardware = Hardware(0, 1, torch.device("cpu"), "fp32", compile=False, threads=threads)
     try:
-        corpus = Corpus.open(prepare(config.data, quiet=True), verify=False)
+        corpus = open_data(config.data, quiet=True, verify=False)
         sizes = config.model.context_length, config.training.global_batch_size
-        plan = Plan.of(config, TrainingLoader(corpus.split("train"), config.data, config.run.seed, *sizes))
+        plan = Plan.of(config, TrainingLoader(corpus.portions("train"), config.data, config.run.seed, *sizes))
     except BadInput:  # which the run will tell
         return False
     with torch.device("meta"):  # of which nothing is computed

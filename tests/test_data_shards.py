@@ -382,7 +382,7 @@ def held():
 
 def first_batch():
     loader = TrainingLoader(Corpus.open(sys.argv[1]).split("train"), data, 0, 1024, 8)
-    assert loader.split.n_tokens == 10**10 and loader.batch(10**6).tokens_BT.numel() == 8 * 1024
+    assert loader.n_tokens == 10**10 and loader.batch(10**6).tokens_BT.numel() == 8 * 1024
 
 data = Data(corpus="text", path="x", shuffle=sys.argv[2], isolate_documents=sys.argv[2] == "documents")
 before, took = held(), []

@@ -64,7 +64,9 @@ def test_formats_lists_what_a_run_writes(
     summary = json.loads((run / "summary.json").read_text())
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     metrics = {name for record in records for name in record}
-    assert families(metrics) | {"train/spikes", "train/mfu", "train/memory_gb"} == documented("| field | unit |")
+    assert families(metrics) | {"train/spikes", "train/mfu", "train/memory_gb", "val/<source>/…"} == documented(
+        "| field | unit |"
+    )
     assert families(set(summary)) == documented("| field | type |")
     checkpoint = max(run.glob("checkpoints/step_*"))
     assert set(json.loads((checkpoint / "state.json").read_text())) == documented("| `state.json` |")

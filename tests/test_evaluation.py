@@ -195,7 +195,7 @@ def test_a_run_evaluates_with_the_compiled_model_and_a_batch_size_of_its_own(
         learner = Learner(model, config, ALONE, 24, 1.0)
         seen: list[bool] = []
         learner.forward = lambda *inputs, model=model, seen=seen: seen.append(model.training) or model(*inputs)
-        Judge(corpus, corpus.split("train"), config)(learner, 1)
+        Judge(corpus, [corpus.split("train")], config)(learner, 1)
         assert seen == [False] * 2 * passes  # val, and for the gap the training text
 
 
@@ -215,7 +215,7 @@ def test_every_process_writes_a_sample(
     config = parse(tiny(training__micro_batch_size=4))
     corpus = Corpus.open(prepare(config.data, tmp_path / "corpora", quiet=True))
     model = GPT(config.model, corpus.vocab_size).initialize(0)
-    judge = Judge(corpus, corpus.split("train"), config)
+    judge = Judge(corpus, [corpus.split("train")], config)
     samples = []
     for rank in range(2):
         learner = Learner(model, config, Hardware(rank, 2, ALONE.device, "fp32", False, 1), 24, 1.0)

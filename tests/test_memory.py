@@ -15,8 +15,9 @@ from torch.profiler import ProfilerActivity
 from benchmarks.ours import Shape, our_step
 from config import BadInput, Config
 from hardware import Hardware
+from model.gpt import GPT
 from tracking.run_directory import read_config, read_summary
-from training.memory import build, largest_micro_batch_size, needed
+from training.memory import build, largest_micro_batch_size, needed, sizes_of_matrices
 
 CPU = Hardware(0, 1, torch.device("cpu"), "fp32", False, 1)
 MODEL = {"family": "gpt2", "n_layers": 4, "d_model": 256, "n_heads": 4, "context_length": 256}
@@ -63,6 +64,14 @@ def test_a_model_that_does_not_fit_is_refused_before_it_is_there(sizes: dict[str
     large = config(model=MODEL | sizes)
     with pytest.raises(BadInput, match=rf"needs [\d,]+ GB with gradients .* GB of cpu; lower {knobs}"):
         build(large, CPU, 10**9 if sizes["n_layers"] == 1 else 257, 100)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama", "qwen3"])
+@pytest.mark.parametrize("tied", [True, False])
+def test_nearly_all_parameters_are_in_matrices(family: str, tied: bool) -> None:
+    sizes = {"family": family, "n_layers": 3, "d_model": 192, "n_heads": 6, "n_kv_heads": 2, "tie_embeddings": tied}
+    model = Config.model_validate({"model": sizes if family != "gpt2" else sizes | {"n_kv_heads": None}}).model
+    assert sum(sizes_of_matrices(model, 1000)) == pytest.approx(GPT(model, 1000).count_parameters(), rel=0.01)
 
 
 def test_what_a_run_takes_is_told_before_it_is_there(capsys: pytest.CaptureFixture[str]) -> None:

@@ -15,7 +15,14 @@ from training.checkpoint import NAME, directory_for, newest, step_of
 
 # What a sample of a run is, where it comes, and what the tensors mean: a branch cannot change these. The other knobs of
 # the data section say where the text lies and how it is prepared; what came of it, the corpus's fingerprint compares.
-ORDER = ("run.seed", "training.global_batch_size", "data.train_tokens", "data.shuffle", "data.isolate_documents")
+ORDER = (
+    "run.seed",
+    "training.global_batch_size",
+    "data.train_tokens",
+    "data.sources",
+    "data.shuffle",
+    "data.isolate_documents",
+)
 SAME = (*ORDER, "optimizer.name", "model.")
 
 

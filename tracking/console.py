@@ -10,6 +10,8 @@ from typing import Any
 from tqdm import tqdm
 
 from config import Config
+from data.loader import TrainingLoader
+from data.shards import Corpus
 from program import shown
 
 SECONDS_BETWEEN_LINES = 5.0
@@ -73,6 +75,16 @@ def evaluation_line(config: Config, every: str | int, val_tokens: int) -> str:
     often = "each epoch" if every == "epoch" else f"every {every:,} steps"
     share = "all" if tokens == val_tokens else f"the first {tokens:,} of"
     return f"evaluation {share} {val_tokens:,} val tokens and as many of training, {often} and at the end"
+
+
+def source_lines(corpus: Corpus, loader: TrainingLoader, steps: int) -> list[str]:
+    """Of each source of a mixture how much is read of it in so many steps."""
+    read = loader.windows_read(steps)
+    return [
+        f"source     {source.name}: {count / sum(read):.2%} of the windows, {count / samples.windows_per_epoch:,.2f} "
+        f"passes over {one.directory}"
+        for (source, one), samples, count in zip(corpus.sources, loader.sources, read, strict=False)
+    ]
 
 
 def tell_results(

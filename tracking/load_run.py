@@ -12,6 +12,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from config import BadInput, Config, Model, all_errors
+from data.mixtures import mixture
 from data.shards import Corpus
 from data.tokenizers import load_tokenizer
 from files import sha256
@@ -56,16 +57,20 @@ def load_corpus(path: str | Path) -> Corpus:
     """
     run = run_of(Path(path))
     summary = read_summary(run)
-    directory = Path(str(summary.get("corpus_directory")))
-    if not (directory / "manifest.json").is_file():
-        raise BadInput(
-            f"the corpus of {run} is gone: there is no {directory.absolute()}; start in the directory in which the "
-            f"run was trained, or prepare it again: python -m scripts.prepare_data {run / 'config.yaml'}"
-        )
-    corpus = Corpus.open(directory)
+    sources = summary.get("sources") or []
+    directories = [Path(str(entry.get("corpus_directory"))) for entry in sources or [summary]]
+    for directory in directories:
+        if not (directory / "manifest.json").is_file():
+            raise BadInput(
+                f"the corpus of {run} is gone: there is no {directory.absolute()}; start in the directory in which the "
+                f"run was trained, or prepare it again: python -m scripts.prepare_data {run / 'config.yaml'}"
+            )
+    corpora = [Corpus.open(directory) for directory in directories]
+    corpus = mixture(read_config(run).data.sources, corpora) if sources else corpora[0]
     if summary.get("corpus", corpus.fingerprint) != corpus.fingerprint:
         raise BadInput(
-            f"{directory} holds the corpus {corpus.fingerprint}, and {run} was trained on {summary['corpus']}; "
+            f"{' and '.join(map(str, directories))} holds the corpus {corpus.fingerprint}, and {run} was trained on "
+            f"{summary['corpus']}; "
             "restore that one: the test text of another may have been trained on"
         )
     return corpus

@@ -12,6 +12,7 @@ from typing import Any, TextIO
 import files
 from command_line import dump
 from config import BadInput, Config
+from data.loader import TrainingLoader
 from data.shards import Corpus
 from data.tokenizers import TOKENIZER_FILES
 from hardware import Hardware, device_metrics, operations_per_token, peak_memory
@@ -20,7 +21,7 @@ from program import FINISHED, PREEMPTED, warn
 from regularizers.averaging import WeightAverage
 from tracking import run_directory
 from tracking.branch import Branch, checkpoint_to_branch_from, open_branch
-from tracking.console import Console, evaluation_line, tell_results, tell_start
+from tracking.console import Console, evaluation_line, source_lines, tell_results, tell_start
 from tracking.load_run import initial_weights
 from tracking.metrics import Metrics, read_metrics, results_of
 from tracking.profile import profiled
@@ -175,14 +176,14 @@ class Run:
         learner.load(found, progress.step, progress.average_from)
         return progress
 
-    def begin(self, progress: Progress, learner: Learner, corpus: Corpus, plan: Plan, training_tokens: int) -> None:
+    def begin(self, progress: Progress, learner: Learner, corpus: Corpus, plan: Plan, loader: TrainingLoader) -> None:
         """From here on the directory is written to; a branch saves where it begins, and needs the other run no more."""
         if self.hardware.main:
-            self._open(progress, learner, corpus, plan, training_tokens)
+            self._open(progress, learner, corpus, plan, loader)
         if self.branch is not None:
             self.save(progress, learner, plan)
 
-    def _open(self, progress: Progress, learner: Learner, corpus: Corpus, plan: Plan, training_tokens: int) -> None:
+    def _open(self, progress: Progress, learner: Learner, corpus: Corpus, plan: Plan, loader: TrainingLoader) -> None:
         """Tell what begins, in files and on the screen."""
         if self.afresh and run_directory.move_aside(self.path):
             held, self._lock = self._lock, run_directory.lock(self.path)
@@ -217,17 +218,24 @@ class Run:
             versions=self.before.get("versions") or versions,
             corpus=corpus.fingerprint,
             corpus_directory=str(corpus.directory),
+            sources=[
+                source.model_dump() | {"corpus": one.fingerprint, "corpus_directory": str(one.directory)}
+                for source, one in corpus.sources
+            ],
             tokenizer=corpus.manifest["tokenizer"]["sha256"],
             parameters=parameters,
             total_steps=plan.total_steps,
             branch=self.branch.described if self.branch else self.before.get("branch"),
             teachers=[teacher.described for teacher in learner.teachers],
         )
-        text = f"{corpus.directory}, {training_tokens:,} training tokens"
+        text = "a mixture" if corpus.sources else str(corpus.directory)
+        text += f", {loader.n_tokens:,} training tokens"
         length = f"{plan.total_steps:,} steps, {plan.epoch_at(plan.total_steps):,.2f} epochs"
         tell_start(self.path, progress.step, text, length, self.config, hardware)
-        print(evaluation_line(self.config, plan.evaluation_every, corpus.split("val").n_tokens))
+        val_tokens = sum(portion.split.n_tokens for portion in corpus.portions("val"))
+        print(evaluation_line(self.config, plan.evaluation_every, val_tokens))
         lines = describe_groups(learner.optimizers, self.config.regularizers, plan.steps_per_epoch)
+        lines += source_lines(corpus, loader, plan.total_steps)
         lines += [f"teacher    {one.described['checkpoint']}, {one.share:.0%} of the mean" for one in learner.teachers]
         print("\n".join([*lines, *(self.branch.lines() if self.branch else [])]), flush=True)
         self.metrics = Metrics(self.path, progress.step)

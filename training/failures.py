@@ -93,7 +93,7 @@ def out_of_memory(problem: Exception, config: Config, hardware: Hardware) -> Fai
     words = " ".join(str(problem).split())
     if not isinstance(problem, (torch.OutOfMemoryError, MemoryError)) and "can't allocate memory" not in words:
         return None
-    if any(frame.name == "evaluate" for frame in traceback.extract_tb(problem.__traceback__)):
+    if any(frame.name == "sums_of" for frame in traceback.extract_tb(problem.__traceback__)):
         knob, size = "evaluation.batch_size", config.evaluation_batch_size
         smaller = [size // 2] if size > 1 else []
     else:

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from config import BadInput, Config
+from config import BadInput, Config, Model
 from hardware import Hardware, estimated_seconds
 from model.gpt import GPT
 from randomness import seed_activations
@@ -18,29 +18,39 @@ COPIES = 5  # of the weights: themselves, their gradients, two moments, and an a
 
 
 def build(config: Config, hardware: Hardware, vocab_size: int, total_steps: int) -> GPT:
-    """The model of a run with its initial weights, on the CPU; how large it is has then been told.
+    """The model of a run with its initial weights, on the CPU; tells how large it is and what the run takes.
 
     Raises BadInput, before anything is allocated, when the weights and what has their size do not fit.
     """
-    with torch.device("meta"):
-        blank = GPT(config.model, vocab_size, config.regularizers)
-    parameters, here = blank.count_parameters(), memory_of(hardware)
-    needs = COPIES * 4 * parameters // hardware.parts
-    size = f"{config.model.family}, {parameters:,} parameters"
-    memory = f"{needs / 1e9:,.{2 * (needs < 1e10)}f} GB with gradients and moments, of {here / 1e9:,.0f} GB"
-    if needs > here:
-        in_blocks = sum(parameter.numel() for parameter in blank.blocks.parameters())
-        sizes = {
-            f"model.d_model={config.model.d_model} or model.n_layers={config.model.n_layers}": in_blocks,
-            f"model.d_model={config.model.d_model} or the vocabulary of {vocab_size:,}": parameters - in_blocks,
-        }
-        largest = max(sizes, key=sizes.__getitem__)
-        raise BadInput(f"the model ({size}) needs {memory} of {hardware.device}; lower {largest}")
+    here, in_blocks, others = memory_of(hardware), *sizes_of_matrices(config.model, vocab_size)
+    if (needs := COPIES * 4 * (in_blocks + others) // hardware.parts) > here:
+        other = f"model.n_layers={config.model.n_layers}" if in_blocks > others else f"the vocabulary of {vocab_size:,}"
+        raise BadInput(
+            f"a model of {in_blocks + others:,} parameters needs {told(needs, here)} of {hardware.device}; "
+            f"lower model.d_model={config.model.d_model} or {other}"
+        )
+    model = GPT(config.model, vocab_size, config.regularizers)
     if hardware.main:
+        parameters = model.count_parameters()
         seconds = estimated_seconds(hardware, config, parameters, total_steps)
         time = f"; roughly {seconds / 60:,.0f} minutes" if hardware.device.type == "cpu" and seconds > 90 else ""
-        print(f"model      {size}: {memory}{time}", flush=True)
-    return GPT(config.model, vocab_size, config.regularizers).initialize(config.run.seed)
+        memory = told(COPIES * 4 * parameters // hardware.parts, here)
+        print(f"model      {config.model.family}, {parameters:,} parameters: {memory}{time}", flush=True)
+    return model.initialize(config.run.seed)
+
+
+def told(needs: int, here: int) -> str:
+    """So much memory of what there is, in words."""
+    return f"{needs / 1e9:,.{2 * (needs < 1e10)}f} GB with gradients and moments, of {here / 1e9:,.0f} GB"
+
+
+def sizes_of_matrices(model: Model, vocab_size: int) -> tuple[int, int]:
+    """Elements of the matrices of all blocks, and of the embeddings and the output: nearly all parameters."""
+    attention = 2 * model.d_model * model.head_width * (model.n_heads + model.kv_heads)
+    mlp = (2 if model.family == "gpt2" else 3) * model.d_model * model.hidden_width
+    positions = model.context_length if model.family == "gpt2" else 0
+    others = model.d_model * (vocab_size * (1 if model.tie_embeddings else 2) + positions)
+    return model.n_layers * (attention + mlp), others
 
 
 def largest_micro_batch_size(config: Config, hardware: Hardware, vocab_size: int) -> int:

@@ -266,13 +266,15 @@ def rows_of(file: Path, field: str, mended: Mended) -> Iterator[tuple[str, Any]]
 
 def table_rows(file: Path) -> Iterator[tuple[str, Any]]:
     """Place and fields of the rows of a .csv or .tsv file, whose first line names them."""
-    csv.field_size_limit(2**31 - 1)  # else 128 kB
+    before = csv.field_size_limit(2**31 - 1)  # else 128 kB; of the whole process, so it is given back
     with io.TextIOWrapper(opened(file), encoding="utf-8-sig", errors="surrogateescape", newline="") as text:
         rows = csv.DictReader(text, delimiter=TABLES[suffix_of(file)])
         try:
             yield from ((f"{file}, line {rows.line_num}", row) for row in rows)
         except csv.Error as problem:
             raise BadInput(f"{file}, line {rows.line_num} is no row ({problem}); mend it or remove it") from problem
+        finally:
+            csv.field_size_limit(before)
 
 
 def json_rows(file: Path, mended: Mended) -> Iterator[tuple[str, Any]]:

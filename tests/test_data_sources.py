@@ -256,7 +256,8 @@ PACKERS = {".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress, ".z
 @pytest.mark.parametrize("ending", list(PACKERS))
 def test_files_of_all_kinds_compressed_or_not(ending: str, tmp_path: Path) -> None:
     """The same three documents, with what a table and an array must quote."""
-    texts = ['one,\t"1"\nmore', "zwei ü", "three"]
+    texts = ['one,\t"1"\nmore', "zwei ü", "three " * 30_000]
+    limit = csv.field_size_limit()
     table = io.StringIO()
     csv.writer(table).writerows([["id", "text"], *enumerate(texts)])
     tabbed = io.StringIO()
@@ -277,6 +278,7 @@ def test_files_of_all_kinds_compressed_or_not(ending: str, tmp_path: Path) -> No
     source = text_source(tmp_path / f"t.txt{ending}")
     assert list(source.documents()) == texts[:1]
     assert (source.n_bytes is None) is bool(ending), "what it unpacks to is not known beforehand"
+    assert csv.field_size_limit() == limit, "long fields are read, and the process is as it was"
 
 
 @pytest.mark.parametrize("ending", list(PACKERS)[:4])

@@ -263,7 +263,7 @@ def test_a_run_that_failed_is_tried_again_though_nothing_else_is_left(
         write_run(study, baseline, seed, 4.0)
     write_run(study, baseline, 1, 4.0, status="failed")
     worked: list[int] = []
-    monkeypatch.setattr("studies.runner.prepare", lambda _: None)
+    monkeypatch.setattr("studies.runner.prepare_all", lambda _: None)
     monkeypatch.setattr("signal.signal", lambda *_: None)
     monkeypatch.setattr("studies.runner.Crew.work", lambda _, left: worked.append(left))
     assert run_study(study) == 4 and worked == [1]
@@ -276,7 +276,7 @@ def test_fresh_runs_that_another_command_began_are_waited_for(tmp_path: Path, mo
     assert known.stage == "fresh"
     Queue(study).fill(known.wanted)
     worked: list[int] = []
-    monkeypatch.setattr("studies.runner.prepare", lambda _: None)
+    monkeypatch.setattr("studies.runner.prepare_all", lambda _: None)
     monkeypatch.setattr("signal.signal", lambda *_: None)
     monkeypatch.setattr("studies.runner.Crew.work", lambda _, left: worked.append(left))
     assert run_study(study) == 4  # nobody worked

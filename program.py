@@ -12,7 +12,6 @@ import os
 import re
 import signal
 import sys
-import time
 import traceback
 from collections.abc import Callable
 from typing import Any
@@ -26,8 +25,6 @@ STOP_SIGNALS = (
     signal.SIGUSR1,
     *(() if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN else (signal.SIGHUP,)),
 )
-UNDER_TORCHRUN = "TORCHELASTIC_RUN_ID" in os.environ
-SECONDS_TO_SPEAK = 15
 PR_SET_PDEATHSIG = 1  # of Linux's prctl.h
 # Loaded here, because nothing may be imported between fork and exec.
 LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
@@ -113,7 +110,7 @@ def run(main: Callable[[list[str]], int | None]) -> None:
     sys.stdout, sys.stderr = Patient(sys.stdout), Patient(sys.stderr)
     for number in STOP_SIGNALS:
         signal.signal(number, signal.default_int_handler)
-    if UNDER_TORCHRUN:  # when it is killed its processes end with it
+    if "TORCHELASTIC_RUN_ID" in os.environ:  # when torchrun is killed its processes end with it
         end_with_parent(signal.SIGKILL)
     code = exit_code(main, sys.argv[1:])
     for number in STOP_SIGNALS:
@@ -132,11 +129,6 @@ def exit_code(main: Callable[[list[str]], int | None], arguments: list[str]) -> 
     try:
         return main(arguments) or FINISHED
     except BadInput as mistake:
-        if UNDER_TORCHRUN and not is_main_process():
-            # When one process ends torchrun kills the others, at once: the one that speaks for all is to speak first.
-            # If it lives on, the mistake is known here alone.
-            time.sleep(SECONDS_TO_SPEAK)
-            print(f"error: rank {os.environ['RANK']}: {mistake}", file=sys.stderr, flush=True)
         tell_error(*str(mistake).splitlines())
         return BAD_INPUT
     except Failure as failure:

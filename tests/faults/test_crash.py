@@ -149,19 +149,6 @@ def test_the_default_micro_batch_is_the_share_of_a_process_and_stays(tiny: Flags
 
 
 @pytest.mark.slow
-def test_a_mistake_is_told_though_the_process_that_tells_it_is_the_last(breakable: Flags, tmp_path: Path) -> None:
-    """Three processes of which rank 0, which speaks for all, is some seconds late, as on a busy machine."""
-    program = tmp_path / "late.py"
-    program.write_text(
-        f"import os, sys, time\nsys.path.insert(0, {str(ROOT)!r})\nimport train\nfrom program import run\n"
-        "time.sleep(3 * (os.environ['RANK'] == '0'))\nrun(train.main)\n"
-    )
-    three = [*TORCHRUN, "--nproc_per_node=3", str(program), *breakable(), "--optimizer.lr=-1"]
-    refused = subprocess.run(three, cwd=tmp_path, capture_output=True, text=True, timeout=120)
-    assert refused.returncode != 0 and refused.stderr.count("error: optimizer.lr") == 1, refused.stderr
-
-
-@pytest.mark.slow
 @pytest.mark.fault(6)
 def test_a_number_of_processes_that_does_not_fit_is_refused_before_anything_happens(
     breakable: Flags, tmp_path: Path

@@ -159,7 +159,7 @@ class Data(Section):
     text_field: str = Field("text", min_length=1)
     """The field (JSON key, column) that holds the text."""
     document: Literal["auto", "file", "line", "field"] = "auto"
-    """What one document is. auto: a field for .jsonl, .parquet and datasets, else a file."""
+    """What one document is. auto: a field where rows have fields (JSON, CSV, Parquet, datasets), else a file."""
     separator: str | None = Field(None, min_length=1)
     """Plain text: what stands between two documents of a file, such as <|endoftext|>. null: a file is a document."""
     streaming: bool = False

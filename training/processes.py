@@ -60,6 +60,11 @@ def my_micro_batches(hardware: Hardware, micro_batches: int, rank: int | None = 
 def check_micro_batches(config: Config, world: int) -> None:
     """Raises BadInput when the micro-batches of a step cannot be shared evenly, naming sizes that can."""
     training = config.training
+    if config.regularizers.mixup_alpha and training.global_batch_size < 2 * world:
+        raise BadInput(
+            f"regularizers.mixup_alpha mixes pairs, and {training.global_batch_size} sequences on {world} processes "
+            f"leave some with one: raise training.global_batch_size to {2 * world} or more, or start fewer processes"
+        )
     count = training.micro_batches if isinstance(training.micro_batch_size, int) else training.global_batch_size
     if count % world == 0:
         return

@@ -128,6 +128,10 @@ def test_micro_batches_that_cannot_be_shared_are_refused_with_numbers_that_can()
     assert "processes out of [1, 3]" in str(refused.value)
     with pytest.raises(BadInput, match="a global_batch_size divisible by 5"):
         check_micro_batches(config, 5)
+    mixed = parse(["--training.global_batch_size=4", "--regularizers.mixup_alpha=0.2"])
+    check_micro_batches(mixed, 2)
+    with pytest.raises(BadInput, match="mixes pairs, and 4 sequences on 4 processes leave some with one"):
+        check_micro_batches(mixed, 4)
 
 
 @pytest.mark.slow
